@@ -1,0 +1,1027 @@
+"""The routed LLaMA of FTP: before every block a router decides, per token, compute or skip.
+
+    model = FTPModel.from_pretrained("smollm2")            # or a folder, or a hub id
+    logits = model(input_ids)                              # dense, (B, T) -> (B, T, vocab)
+    model.use(schedule="schedule_ft.json", router="router.safetensors")
+    model.generate([[1, 9690, 198]], max_new_tokens=64)
+
+Sequences of a batch are packed, never padded: hidden states are (N, d) with N the tokens of all
+sequences one after the other, so a batch mate or a pad can't reach a result. A skipped token is not
+multiplied by zero, it is absent: a block runs on the gathered rows of its kept tokens.
+"""
+import copy
+import hashlib
+import json
+import math
+import os
+from dataclasses import asdict, dataclass, field
+from itertools import accumulate, groupby
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+HOME = Path(os.environ.get("FTP_HOME", Path(__file__).resolve().parent / "models"))  # where "smollm2" lies
+FACTORS = ("position", "score", "rank", "sparsity")  # the paper's four inputs of the router
+
+
+class FTPError(ValueError):
+    """An expected mistake: its text is one line that names the flag or file and the mend."""
+
+
+# ------------------------------------------------------------------------------------------------
+# files
+
+def save_json(path, obj):
+    """Write JSON atomically: a reader sees the old file or the whole new one."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tmp = path.with_name(path.name + ".tmp")
+    tmp.write_text(json.dumps(obj, indent=1) + "\n")
+    os.replace(tmp, path)
+
+
+def load_json(path, kind, flag):
+    """Read an artefact whose "format" is `kind`; FTPError names `flag` when it isn't one."""
+    try:
+        obj = json.loads(Path(path).read_text())
+    except FileNotFoundError:
+        raise FTPError(f"{flag}: no file {path}; run the stage that writes it, or give its path") from None
+    except (OSError, ValueError) as e:
+        raise FTPError(f"{flag}: {path} is not readable JSON ({e}); make it again") from None
+    if not isinstance(obj, dict) or obj.get("format") != kind:
+        found = obj.get("format") if isinstance(obj, dict) else type(obj).__name__
+        raise FTPError(f"{flag}: {path} is no {kind} file (found {found}); give the right file")
+    return obj
+
+
+def check_fingerprint(made_for, model_print, what):
+    """FTPError unless `made_for` is the fingerprint of this model (norms to 1 %: any dtype may load it)."""
+    same = isinstance(made_for, dict) and made_for.get("config") == model_print["config"]
+    if not (same and len(made_for.get("norm", [])) == len(model_print["norm"])
+            and all(abs(a - b) <= 0.01 * abs(b) + 1e-3 for a, b in zip(made_for["norm"], model_print["norm"]))):
+        raise FTPError(f"{what} was made for another model than the one loaded; give the --model it was made for, "
+                       "or make it again")
+
+
+# ------------------------------------------------------------------------------------------------
+# configuration, and what a pass costs
+
+@dataclass
+class Config:
+    """Shape of a LLaMA-family model, read from a Hugging Face config.json."""
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    n_layer: int
+    n_head: int
+    n_kv_head: int
+    head_dim: int
+    rms_eps: float
+    rope_theta: float
+    rope_scaling: dict | None
+    qkv_bias: bool
+    tied: bool
+    max_len: int
+    eos: tuple = ()
+
+    @classmethod
+    def from_hf(cls, c, source="--model"):
+        """Config from the dict `c` of a config.json. FTPError names any feature this model file lacks."""
+        kind = c.get("model_type")
+        if kind not in ("llama", "qwen2"):
+            raise FTPError(f"{source}: model_type {kind!r} is not supported; use a llama or qwen2 (Qwen1.5/2/2.5) model")
+        rope = dict(c.get("rope_parameters") or c.get("rope_scaling") or {})
+        rope_type = rope.get("rope_type", rope.get("type", "default"))
+        for bad, why in ((c.get("hidden_act", "silu") != "silu", f"hidden_act {c.get('hidden_act')!r}"),
+                         (kind == "llama" and c.get("attention_bias"), "attention_bias"),
+                         (c.get("mlp_bias"), "mlp_bias"),
+                         (c.get("use_sliding_window"), "sliding-window attention"),
+                         (c.get("quantization_config"), "a quantised checkpoint"),
+                         (rope_type not in ("default", "llama3"), f"rope_type {rope_type!r}")):
+            if bad:
+                raise FTPError(f"{source}: {why} is not supported; use a model without it")
+        try:
+            d, h = c["hidden_size"], c["num_attention_heads"]
+            eos = c.get("eos_token_id")
+            return cls(c["vocab_size"], d, c["intermediate_size"], c["num_hidden_layers"], h,
+                       c.get("num_key_value_heads") or h, c.get("head_dim") or d // h, c.get("rms_norm_eps", 1e-6),
+                       rope.get("rope_theta") or c.get("rope_theta") or 10000.0,
+                       rope if rope_type == "llama3" else None, kind == "qwen2",
+                       bool(c.get("tie_word_embeddings", False)), c.get("max_position_embeddings", 2048),
+                       tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,))
+        except KeyError as e:
+            raise FTPError(f"{source}: config.json has no {e}; give a complete LLaMA-family folder") from None
+
+    @property
+    def p_attn(self):
+        """Parameters of a block's q, k, v and o maps."""
+        return self.hidden_size * self.head_dim * 2 * (self.n_head + self.n_kv_head)
+
+    @property
+    def p_kv(self):
+        """Parameters of a block's k and v maps, what a skipped token costs under the K/V policy `keep`."""
+        return self.hidden_size * self.head_dim * 2 * self.n_kv_head
+
+    @property
+    def p_mlp(self):
+        return 3 * self.hidden_size * self.intermediate_size
+
+    def block_flops(self, tokens, pairs, kv_only=0):
+        """FLOPs of one block: `tokens` computed, `pairs` query-key pairs attended, `kv_only` tokens with K/V alone."""
+        return (2 * (self.p_attn + self.p_mlp) * tokens + 4 * self.n_head * self.head_dim * pairs
+                + 2 * self.p_kv * kv_only)
+
+    def score_flops(self, window, keys):
+        """FLOPs of the attention scores of one block: `window` queries against `keys` keys."""
+        return 2 * self.n_head * self.head_dim * window * keys
+
+    def head_flops(self, positions):
+        return 2 * self.vocab_size * self.hidden_size * positions
+
+    def kv_bytes(self, stored, itemsize):
+        """Bytes of keys and values for `stored` token-block entries."""
+        return 2 * self.n_kv_head * self.head_dim * stored * itemsize
+
+    def prefill_flops(self, T, sparsity, kv="drop", router=None, window=16, head=1):
+        """FLOPs of the prefill of one prompt of T tokens under a list of sparsities (method section 7).
+
+        `router` adds its MLP and the scores (`window` queries a block); `head` counts the positions that get logits.
+        """
+        total = self.head_flops(head)
+        for l, s in enumerate(sparsity):
+            k = quota(T, s)
+            if kv == "keep" and 0 < s:  # kept queries see every earlier key; which ones are kept is the static order
+                pairs = sum(range(T - k + 2, T + 1)) + 1 if k else 0
+                total += self.block_flops(k, pairs, T - k)
+            else:
+                total += self.block_flops(k, k * (k + 1) / 2)
+            if router is not None and 0 < s < 1:
+                total += router.flops(T)
+            if router is not None and any(0 < v < 1 for v in sparsity[l + 1:]):  # a later decision reads its scores
+                total += self.score_flops(min(window, k), k)
+        return total
+
+
+def quota(T, s):
+    """Tokens of a prompt of T that a block of sparsity s keeps: ceil((1-s)T), never without first and last."""
+    return 0 if s >= 1 else T if s <= 0 else min(T, max(2, math.ceil((1 - s) * T - 1e-9)))
+
+
+# ------------------------------------------------------------------------------------------------
+# schedule and router
+
+@dataclass
+class Schedule:
+    """One sparsity per block, the share of tokens that skip it; 1 removes the block, block 0 is 0 (or 1).
+
+    decode_threshold, if any, holds the router margin below which a decoded token skips block l; it is only valid
+    with the router whose id it carries.
+    """
+    sparsity: list
+    fingerprint: dict
+    decode_threshold: list | None = None
+    router_id: str | None = None
+    meta: dict = field(default_factory=dict)
+
+    def __post_init__(self):
+        s = self.sparsity
+        if not isinstance(s, list) or not s or not all(isinstance(v, (int, float)) and 0 <= v <= 1 for v in s):
+            raise FTPError("--schedule: sparsities must be a list of numbers in [0, 1]; make the schedule again")
+        if s[0] not in (0, 1):
+            raise FTPError("--schedule: block 0 must have sparsity 0 (no attention score exists before it)")
+        t = self.decode_threshold
+        if t is not None and not (isinstance(t, list) and len(t) == len(s) and all(isinstance(v, (int, float)) for v in t)):
+            raise FTPError("--schedule: decode_threshold must hold one number a block; make the schedule again")
+
+    @property
+    def mean(self):
+        return sum(self.sparsity) / len(self.sparsity)
+
+    @property
+    def id(self):
+        return hashlib.sha256(json.dumps([round(v, 6) for v in self.sparsity]).encode()).hexdigest()[:12]
+
+    @classmethod
+    def uniform(cls, model, sparsity):
+        """The same sparsity in every block but the first, with mean `sparsity`."""
+        n = model.config.n_layer
+        s = sparsity * n / (n - 1)
+        if not 0 <= s < 1:
+            raise FTPError(f"--sparsity {sparsity}: out of range for a uniform schedule; give 0 <= S < {(n - 1) / n:.3f}")
+        return cls([0.0] + [s] * (n - 1), model.fingerprint)
+
+    @classmethod
+    def load(cls, path):
+        o = load_json(path, "ftp-schedule-1", "--schedule")
+        try:
+            return cls(o["sparsity"], o["fingerprint"], o.get("decode_threshold"), o.get("router_id"), o.get("meta", {}))
+        except KeyError as e:
+            raise FTPError(f"--schedule: {path} has no {e}; make it again") from None
+
+    def save(self, path):
+        save_json(path, {"format": "ftp-schedule-1", "mean": self.mean, **asdict(self)})
+
+
+class Router(nn.Module):
+    """2-layer MLP, inputs -> hidden -> 2 logits (compute, skip), shared by all blocks (method section 4).
+
+    kind: "global" one MLP for all blocks, "local" one each, "recurrent" a global one whose hidden layer also
+    sees its value at the previous block. inputs: any of FACTORS, and/or "hidden" (the RMS-normalised state).
+    meta["decode_threshold"] and meta["schedule_id"] belong together, as in Schedule.
+    """
+    KINDS = ("global", "local", "recurrent")
+
+    def __init__(self, config, fingerprint, kind="global", inputs=FACTORS, width=64, score=16, meta=None):
+        super().__init__()
+        bad = [i for i in inputs if i not in FACTORS + ("hidden",)]
+        if kind not in self.KINDS or bad or not inputs:
+            raise FTPError(f"--router_kind {kind} / --inputs {list(inputs)}: kinds are {self.KINDS}, "
+                           f"inputs {FACTORS + ('hidden',)}")
+        self.kind, self.inputs, self.width, self.score, self.meta = kind, tuple(inputs), width, score, meta or {}
+        self.fingerprint, self.n_layer, self.hidden_size = fingerprint, config.n_layer, config.hidden_size
+        n, g = self.n_inputs, config.n_layer if kind == "local" else 1
+        self.w1 = nn.Parameter(torch.randn(g, n, width) / math.sqrt(n))
+        self.b1 = nn.Parameter(torch.zeros(g, width))
+        self.w2 = nn.Parameter(torch.randn(g, width, 2) / math.sqrt(width))
+        self.b2 = nn.Parameter(torch.tensor([[1.0, 0.0]]).repeat(g, 1))  # starts near dense
+        if kind == "recurrent":
+            self.u = nn.Parameter(torch.randn(width, width) / math.sqrt(width) / 2)
+
+    @property
+    def n_inputs(self):
+        return sum(self.hidden_size if i == "hidden" else 1 for i in self.inputs)
+
+    @property
+    def id(self):
+        h = hashlib.sha256()
+        for name, p in sorted(self.state_dict().items()):
+            h.update(name.encode() + p.detach().float().cpu().numpy().tobytes())
+        return h.hexdigest()[:12]
+
+    def forward(self, l, f, h=None):
+        """f (N, n_inputs), h (N, width) or None -> logits (N, 2), new h. The decision of block l."""
+        g = l if self.kind == "local" else 0
+        z = f @ self.w1[g] + self.b1[g]
+        if self.kind == "recurrent":
+            z = z if h is None else z + h @ self.u
+            z = h = torch.tanh(z)
+        else:
+            z = F.relu(z)
+        return z @ self.w2[g] + self.b2[g], h
+
+    def flops(self, tokens):
+        n = self.n_inputs + (self.width if self.kind == "recurrent" else 0)
+        return 2 * tokens * self.width * (n + 2)
+
+    def save(self, path):
+        """router.safetensors, and a readable twin router.json."""
+        path = Path(path).with_suffix(".safetensors")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tmp = path.with_name(path.name + ".tmp")
+        save_file({k: v.detach().float().cpu().contiguous() for k, v in self.state_dict().items()}, tmp)
+        os.replace(tmp, path)
+        save_json(path.with_suffix(".json"), {
+            "format": "ftp-router-1", "fingerprint": self.fingerprint, "kind": self.kind, "inputs": list(self.inputs),
+            "width": self.width, "score": self.score, "n_layer": self.n_layer, "hidden_size": self.hidden_size,
+            "parameters": sum(p.numel() for p in self.parameters()), "id": self.id, "meta": self.meta})
+
+    @classmethod
+    def load(cls, path):
+        path = Path(path).with_suffix(".safetensors")
+        o = load_json(path.with_suffix(".json"), "ftp-router-1", "--router")
+        try:
+            shape = type("shape", (), {"n_layer": o["n_layer"], "hidden_size": o["hidden_size"]})
+            r = cls(shape, o["fingerprint"], o["kind"], o["inputs"], o["width"], o["score"], o.get("meta"))
+            with safe_open(path, "pt") as f:
+                r.load_state_dict({k: f.get_tensor(k) for k in f.keys()})
+        except (KeyError, TypeError, RuntimeError, OSError, SafetensorError) as e:
+            raise FTPError(f"--router: {path} is damaged or has no twin ({str(e).splitlines()[0]}); train it again") from None
+        return r
+
+
+# ------------------------------------------------------------------------------------------------
+# KV cache
+
+class KVCache:
+    """Keys and values of the tokens that each block computed; rows and blocks may hold different tokens.
+
+    k[l], v[l] (rows, n_kv_head, capacity, head_dim), rotated by true position; len (n_layer, rows) says how many
+    entries count. The keys of a row are in the order of their positions, all of them older than a new query.
+    """
+    def __init__(self, config, rows, dtype, device):
+        self.config, self.rows, self.dtype, self.device = config, rows, dtype, device
+        self.k, self.v = [None] * config.n_layer, [None] * config.n_layer
+        self.len = torch.zeros(config.n_layer, rows, dtype=torch.int64)  # on the host: slicing needs it there
+        self.seen = torch.zeros(rows, dtype=torch.int64)                 # tokens that went by, the next position
+
+    def append(self, l, slots, counts, k, v):
+        """Add k, v (sum(counts), n_kv_head, head_dim), packed by sequence, to the rows `slots` (B,) of block l."""
+        old = self.len[l, slots]
+        self.len[l, slots] = old + counts
+        need = int(self.len[l].max())
+        if self.k[l] is None or need > self.k[l].shape[2]:
+            cap = need + 32 if self.k[l] is None else max(need + 32, self.k[l].shape[2] * 5 // 4)  # amortised growth
+            for store in (self.k, self.v):
+                new = torch.zeros(self.rows, self.config.n_kv_head, cap, self.config.head_dim,
+                                  dtype=self.dtype, device=self.device)
+                if store[l] is not None:
+                    new[:, :, :store[l].shape[2]] = store[l]
+                store[l] = new
+        row = slots.repeat_interleave(counts)
+        col = torch.arange(len(row)) + (old - counts.cumsum(0) + counts).repeat_interleave(counts)
+        row, col = row.to(self.device), col.to(self.device)
+        self.k[l][row, :, col] = k
+        self.v[l][row, :, col] = v
+
+    def mark(self):
+        """The cache's present state, for rewind()."""
+        return self.len.clone(), self.seen.clone()
+
+    def rewind(self, mark):
+        """Forget all that came after `mark`."""
+        self.len, self.seen = mark[0].clone(), mark[1].clone()
+
+    def bytes(self):
+        """Bytes of the stored entries, (used, allocated)."""
+        item = self.config.kv_bytes(1, self.dtype.itemsize)
+        return int(self.len.sum()) * item, sum(k.shape[0] * k.shape[2] for k in self.k if k is not None) * item
+
+
+# ------------------------------------------------------------------------------------------------
+# one pass of packed sequences through the blocks
+
+class Pass:
+    """State between two blocks: packed hidden states, positions and the table of latest attention scores.
+
+    x (N, d). Of the n[b] tokens of sequence b the first n_set[b] are a prompt, routed together as a set; the others
+    are decoded tokens, each routed by itself from what exists at its time (method section 6). score and rank (N,) are
+    the router's factors 2 and 3. A Pass is replaced, never written to: keeping one keeps the state before a block.
+    """
+    def __init__(self, x, n, n_set, cache, slots, own_scores):
+        dev = x.device
+        self.x, self.n, self.n_set, self.cache, self.slots = x, n, n_set, cache, slots
+        self.own_scores = own_scores                  # whether decoded tokens need a score of their own
+        self.counts, self.set_counts = torch.tensor(n), torch.tensor(n_set)
+        self.start = [0, *accumulate(n)][:-1]
+        past = torch.zeros_like(self.counts) if cache is None else cache.seen[slots]
+        self.has_past, self.end = bool(past.any()), int((past + self.counts).max())
+        # the same facts for each packed row
+        seq = torch.arange(len(n)).repeat_interleave(self.counts)
+        local = torch.arange(len(seq)) - torch.tensor(self.start)[seq]
+        size = self.set_counts[seq]
+        in_set, pos = local < size, local + past[seq]
+        self.all_set, self.any_set = bool(in_set.all()), bool(in_set.any())
+        self.dense_pairs = [float((pos[m] + 1).sum()) for m in (in_set, ~in_set)]
+        # factor 1: place in the prompt, 0 first .. 1 newest; a decoded token is the newest of its time
+        place = torch.where(in_set, local / (size - 1).clamp(min=1), 1.0)
+        self.seq, self.local, self.pos, self.in_set, self.size, self.place = (
+            t.to(dev) for t in (seq, local, pos, in_set, size, place))
+        self.ends = self.in_set & ((self.local == 0) | (self.local == self.size - 1))   # always kept
+        self.score, self.rank = torch.zeros_like(self.place), torch.zeros_like(self.place)
+        self.memory = None                            # hidden layer of a recurrent router
+        self.trace = []                               # in training: (block, router logits, decisions)
+
+    def next(self, **changed):
+        new = copy.copy(self)
+        new.__dict__.update(changed)
+        return new
+
+    def with_own(self, rows, score, rank):
+        """This Pass with the scores and ranks of decoded tokens set."""
+        return self.next(score=self.score.index_copy(0, rows, score.flatten()),
+                         rank=self.rank.index_copy(0, rows, rank.flatten()))
+
+
+class Keep:
+    """Tokens that compute a block: rows (M,) ascending, or None for all; counts (B,) of them in each sequence, set_counts
+    of these in its prompt; mask (N,) the same as booleans; gate (N,) the same with a straight-through gradient."""
+    def __init__(self, rows, counts, set_counts, mask=None, gate=None):
+        self.rows, self.counts, self.set_counts, self.mask, self.gate = rows, counts, set_counts, mask, gate
+
+
+def runs(*lists):
+    """Neighbouring sequences of equal shape, so that they share one kernel: yields (first, how many, values)."""
+    first = 0
+    for values, group in groupby(zip(*lists)):
+        b = len(list(group))
+        yield first, b, values
+        first += b
+
+
+def attention_probs(q, k, last):
+    """Probabilities (b, Q, K) of queries q (b, Q, H, D) over keys k (b, K, Hkv, D), mean over heads, float32.
+
+    last (b, Q): index of the newest key each query sees.
+    """
+    b, Q, H, D = q.shape
+    g = H // k.shape[2]
+    w = q.reshape(b, Q, -1, g, D).permute(0, 2, 3, 1, 4) @ k.permute(0, 2, 3, 1).unsqueeze(2)   # (b, Hkv, g, Q, K)
+    seen = torch.arange(k.shape[1], device=q.device) <= last[:, None, None, :, None]
+    return (w.float() * D ** -0.5).masked_fill(~seen, -torch.inf).softmax(-1).mean((1, 2))
+
+
+def relative_score(p, keys):
+    """Attention p among `keys` keys -> [0, 1]: log(1 + p * keys) / log(1 + keys), so that length does not matter."""
+    return torch.log1p(p * keys) / torch.log1p(torch.as_tensor(keys, dtype=p.dtype, device=p.device))
+
+
+def own_score(p, last):
+    """Score and rank of decoded tokens: attention p (b, Q, K) each gives itself, at key `last`, among what it sees."""
+    own = p.gather(-1, last[..., None])
+    keys = last + 1
+    lower = ((p < own) & (torch.arange(p.shape[-1], device=p.device) <= last[..., None])).sum(-1)
+    return relative_score(own[..., 0], keys), lower / (keys - 1).clamp(min=1)
+
+
+def rotate(x, cos, sin):
+    """Rotary embedding in the half-rotation layout. x (N, heads, D), cos and sin (N, D)."""
+    a, b = x.chunk(2, -1)
+    return x * cos[:, None] + torch.cat((-b, a), -1) * sin[:, None]
+
+
+class Block(nn.Module):
+    """One decoder layer with a router at its door.
+
+        x (N, d) ──► keep? ──┬─ rows kept (M, d) ─ norm ─ q,k,v ─ rotary ─ attention ─ o ─(+)─ norm ─ SwiGLU ─(+)─┐
+                             │        │                       │                            ▲   │                  ▲  │
+                             │        └───────────────────────┼────────────────────────────┘   └──────────────────┘  │
+                             │                                └─ K/V of kept tokens to the cache (keep: of all)      ▼
+                             └─ rows skipped ───────────────────────────── unchanged ──────────────────────────► scatter ─► x
+
+    forward is what inference runs; masked is the reference of the same function, on all rows, with gradients.
+    """
+    def __init__(self, c, l):
+        super().__init__()
+        self.l, self.c = l, c
+        d, D = c.hidden_size, c.head_dim
+        self.norm1 = nn.RMSNorm(d, c.rms_eps)
+        self.q = nn.Linear(d, c.n_head * D, c.qkv_bias)
+        self.k = nn.Linear(d, c.n_kv_head * D, c.qkv_bias)
+        self.v = nn.Linear(d, c.n_kv_head * D, c.qkv_bias)
+        self.o = nn.Linear(c.n_head * D, d, False)
+        self.norm2 = nn.RMSNorm(d, c.rms_eps)
+        self.gate = nn.Linear(d, c.intermediate_size, False)
+        self.up = nn.Linear(d, c.intermediate_size, False)
+        self.down = nn.Linear(c.intermediate_size, d, False)
+
+    def queries(self, a, rope):
+        return rotate(self.q(a).view(len(a), self.c.n_head, self.c.head_dim), *rope)
+
+    def keys_values(self, a, rope):
+        shape = len(a), self.c.n_kv_head, self.c.head_dim
+        return rotate(self.k(a).view(shape), *rope), self.v(a).view(shape)
+
+    def rest(self, h, att):
+        """Residual adds and MLP. h, att (M, d)."""
+        h = h + self.o(att)
+        a = self.norm2(h)
+        return h + self.down(F.silu(self.gate(a)) * self.up(a))
+
+    def forward(self, p, keep, kv, score):
+        """Run the kept rows of p.x; returns the Pass after this block.
+
+        kv "drop" or "keep": whether skipped tokens offer a key and value. score: W or "mean" to refresh the
+        score table, None when no later decision reads it.
+        """
+        rows, x, at, stored = keep.rows, p.x, None, keep.counts
+        rope = p.rope if rows is None else tuple(t[rows] for t in p.rope)
+        h = x if rows is None else x[rows]
+        if kv == "keep" and rows is not None:
+            a = self.norm1(x)
+            k, v = self.keys_values(a, p.rope)
+            a, at, stored = a[rows], p.local[rows], p.counts
+        else:
+            a = self.norm1(h)
+            k, v = self.keys_values(a, rope)
+        q = self.queries(a, rope)
+        if p.cache is not None:
+            past = p.cache.len[self.l, p.slots]
+            p.cache.append(self.l, p.slots, stored, k, v)
+        if len(h) == 0:
+            return p
+        if p.has_past:
+            att, p = self.attend_past(p, keep, q, past, at, score)
+        else:
+            att = self.attend(keep, q, k, v, stored, at)
+            if score is not None:
+                p = self.observe(p, keep, q, k, stored, at, score)
+        h = self.rest(h, att)
+        return p.next(x=h if rows is None else x.index_copy(0, rows, h))
+
+    def attend(self, keep, q, k, v, stored, at):
+        """Attention within each sequence's stored keys; at (M,) index of each query among them (None: the same rows)."""
+        out, i, j = [], 0, 0
+        for _, b, (c, n) in runs(keep.counts.tolist(), stored.tolist()):
+            if c:
+                qb = q[i:i + b * c].unflatten(0, (b, c)).transpose(1, 2)
+                kb, vb = (t[j:j + b * n].unflatten(0, (b, n)).transpose(1, 2) for t in (k, v))
+                mask = None
+                if at is not None and c < n:
+                    mask = torch.arange(n, device=q.device) <= at[i:i + b * c].view(b, 1, c, 1)
+                o = F.scaled_dot_product_attention(qb, kb, vb, mask, is_causal=mask is None, enable_gqa=True)
+                out.append(o.transpose(1, 2).reshape(b * c, -1))
+            i, j = i + b * c, j + b * n
+        return out[0] if len(out) == 1 else torch.cat(out)
+
+    def attend_past(self, p, keep, q, past, at, score):
+        """New tokens over the cache, where their own keys already are -> att (M, H * D), Pass with their own scores."""
+        l, dev, K, V = self.l, q.device, p.cache.k[self.l], p.cache.v[self.l]
+        rows = torch.arange(len(p.x), device=dev) if keep.rows is None else keep.rows
+        if max(p.n) == 1:  # decode: every cache row in one product, so that no keys are copied; idle rows are dropped
+            slots, last = p.slots.to(dev)[rows], past.to(dev)[rows]
+            C, every = int(p.cache.len[l].max()), last.new_zeros(p.cache.rows).index_copy(0, slots, last)
+            if len(rows) == 1:
+                K, V, every, slots = (*(t[int(slots):int(slots) + 1] for t in (K, V)), last, slots * 0)
+            qs = q.new_zeros(len(every), *q.shape[1:]).index_copy(0, slots, q).unflatten(1, (self.c.n_kv_head, -1))
+            w = (qs @ K[:, :, :C].transpose(2, 3)).float() * self.c.head_dim ** -0.5       # (rows, Hkv, g, C)
+            w = w.masked_fill(torch.arange(C, device=dev) > every[:, None, None, None], -torch.inf).softmax(-1)
+            att = (w.to(q.dtype) @ V[:, :, :C]).flatten(1)[slots]
+            if score is not None:
+                p = p.with_own(rows, *own_score(w.mean((1, 2))[slots][:, None], last[:, None]))
+            return att, p
+        out, i = [], 0
+        for b, n in enumerate(keep.counts.tolist()):  # several new tokens: teacher-forced scoring
+            if n:
+                r, s = slice(i, i + n), int(p.slots[b])
+                last = past[b] + (torch.arange(n, device=dev) if at is None else at[r])
+                k, v = (t[s:s + 1, :, :int(p.cache.len[l, s])] for t in (K, V))
+                mask = torch.arange(k.shape[2], device=dev) <= last[:, None]
+                o = F.scaled_dot_product_attention(q[r].transpose(0, 1)[None], k, v, mask, enable_gqa=True)
+                out.append(o[0].transpose(0, 1).reshape(n, -1))
+                if score is not None:
+                    probs = attention_probs(q[None, r], k.transpose(1, 2), last[None])
+                    p = p.with_own(rows[r], *own_score(probs, last[None]))
+            i += n
+        return torch.cat(out), p
+
+    def observe(self, p, keep, q, k, stored, at, window):
+        """Refresh the score table (method section 4): the attention each stored key of a prompt gets from the prompt's last
+        `window` computed queries ("mean": from all, 64 at a time), and what each decoded token gives itself."""
+        dev = q.device
+        rows = torch.arange(len(p.x), device=dev) if keep.rows is None else keep.rows
+        key_rows = rows if at is None else torch.arange(len(p.x), device=dev)
+        kset = keep.set_counts if at is None else p.set_counts
+        score, rank, i, j = p.score.clone(), p.rank.clone(), 0, 0
+        shapes = (t.tolist() for t in (keep.counts, stored, keep.set_counts, kset))
+        for f, b, (c, m, qs, ks, size, n) in runs(*shapes, p.n_set, p.n):
+            qb, kb = q[i:i + b * c].unflatten(0, (b, c)), k[j:j + b * m].unflatten(0, (b, m))
+            last = torch.arange(c, device=dev).expand(b, c) if at is None else at[i:i + b * c].view(b, c)
+            if qs:
+                first = 0 if window == "mean" else max(0, qs - window)
+                got = sum(attention_probs(qb[:, lo:min(lo + 64, qs)], kb[:, :ks], last[:, lo:min(lo + 64, qs)]).sum(1)
+                          for lo in range(first, qs, 64))
+                viewers = (last[:, first:qs, None] >= torch.arange(ks, device=dev)).sum(1)
+                score[key_rows[j:j + b * m].view(b, m)[:, :ks]] = relative_score(got / viewers, ks)
+                whole = slice(p.start[f], p.start[f] + b * n)  # rank over the prompt, skipped tokens by their older score
+                order = score[whole].view(b, n)[:, :size].argsort(dim=1, stable=True).argsort(dim=1)
+                rank[whole].view(b, n)[:, :size] = order / max(size - 1, 1)
+            if qs < c and p.own_scores:
+                own = own_score(attention_probs(qb[:, qs:], kb, last[:, qs:]), last[:, qs:])
+                score[rows[i:i + b * c].view(b, c)[:, qs:]], rank[rows[i:i + b * c].view(b, c)[:, qs:]] = own
+            i, j = i + b * c, j + b * m
+        return p.next(score=score, rank=rank)
+
+    def masked(self, p, keep, kv, score):
+        """The same function on all rows, with 0/1 gates instead of gathers; gates carry straight-through gradients.
+
+        A skipped token's row is still computed (it sees its own key), so that its gate learns what the skip loses.
+        """
+        x, rows = p.x, keep.rows
+        gate = keep.gate if keep.gate is not None else torch.ones_like(p.place) if rows is None else keep.mask.float()
+        a = self.norm1(x)
+        q, (k, v) = self.queries(a, p.rope), self.keys_values(a, p.rope)
+        out = []
+        for i, n in zip(p.start, p.n):
+            qs, ks, vs = (t[i:i + n].transpose(0, 1) for t in (q, k, v))
+            ks, vs = (t.repeat_interleave(self.c.n_head // self.c.n_kv_head, 0) for t in (ks, vs))
+            w = (qs @ ks.transpose(1, 2)).float() * self.c.head_dim ** -0.5
+            w = w.masked_fill(torch.ones(n, n, dtype=torch.bool, device=x.device).triu(1), -torch.inf)
+            w = (w - w.detach().amax(-1, keepdim=True)).exp()
+            if kv == "drop":
+                eye = torch.eye(n, device=x.device)
+                w = w * (gate[i:i + n] * (1 - eye) + eye)
+            out.append(((w / w.sum(-1, keepdim=True)).to(x.dtype) @ vs).transpose(0, 1).reshape(n, -1))
+        if score is not None and (rows is None or len(rows)):
+            with torch.no_grad():
+                wide = kv == "keep" or rows is None
+                p = self.observe(p, keep, q if rows is None else q[rows], k if wide else k[rows],
+                                 p.counts if wide else keep.counts, p.local[rows] if wide and rows is not None else None, score)
+        return p.next(x=x + gate.to(x.dtype)[:, None] * (self.rest(x, torch.cat(out)) - x))
+
+
+# ------------------------------------------------------------------------------------------------
+# what really happened
+
+class Stats:
+    """Realised sparsity and FLOPs, of prompts ("prefill") and decoded tokens ("decode") apart, per block."""
+    def __init__(self, n_layer):
+        self.kept = {ph: [0] * n_layer for ph in ("prefill", "decode")}
+        self.total = {"prefill": 0, "decode": 0}
+        self.flops = {"prefill": 0.0, "decode": 0.0}
+        self.dense_flops = {"prefill": 0.0, "decode": 0.0}
+
+    def sparsity(self, phase):
+        """Share of tokens that skipped, a list over blocks; None before any token of that phase."""
+        n = self.total[phase]
+        return [1 - k / n for k in self.kept[phase]] if n else None
+
+    def mean(self, phase):
+        s = self.sparsity(phase)
+        return None if s is None else sum(s) / len(s)
+
+    def saved(self, *phases):
+        """Share of the blocks' FLOPs saved (router and scores counted, head not)."""
+        dense = sum(self.dense_flops[ph] for ph in phases)
+        return 1 - sum(self.flops[ph] for ph in phases) / dense if dense else None
+
+
+# ------------------------------------------------------------------------------------------------
+# the model
+
+class FTPModel(nn.Module):
+    """A frozen LLaMA-family model with token routing. Dense until use() gives it a schedule."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.blocks = nn.ModuleList(Block(config, l) for l in range(config.n_layer))
+        self.norm = nn.RMSNorm(config.hidden_size, config.rms_eps)
+        self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tied:
+            self.head.weight = self.embed.weight
+        self._rope = None
+        self.use()
+
+    # -- loading
+
+    @classmethod
+    def from_pretrained(cls, path, dtype=torch.float32, device="cpu"):
+        """Read config.json and safetensors (one file or sharded) from "smollm2", a folder or a hub id.
+
+        The model is built without storage, and each tensor goes from the memory-mapped file straight to its place,
+        dtype and device, so that the weights are held once. FTPError on anything missing, unknown or misshapen.
+        """
+        folder = find_model(path)
+        try:
+            raw = json.loads((folder / "config.json").read_text())
+        except (OSError, ValueError) as e:
+            raise FTPError(f"--model: {folder}/config.json is not readable ({e}); give a Hugging Face model folder") from None
+        with torch.device("meta"):
+            model = cls(Config.from_hf(raw, f"--model {path}"))
+        files = sorted(folder.glob("*.safetensors"))
+        if not files:
+            raise FTPError(f"--model: no .safetensors file in {folder}; convert the checkpoint with transformers' save_pretrained")
+        want = {hf_name(n): n for n in model.state_dict() if not (n == "head.weight" and model.config.tied)}
+        try:
+            for file in files:
+                with safe_open(file, "pt") as f:
+                    for name in f.keys():
+                        if name in want:
+                            mine = want.pop(name)
+                            t = f.get_tensor(name).to(device=device, dtype=dtype)
+                            owner, leaf = model.get_submodule(mine.rpartition(".")[0]), mine.rpartition(".")[2]
+                            if t.shape != getattr(owner, leaf).shape:
+                                raise FTPError(f"--model: {name} in {file.name} has shape {tuple(t.shape)}, config.json asks for "
+                                               f"{tuple(getattr(owner, leaf).shape)}; give a matching folder")
+                            setattr(owner, leaf, nn.Parameter(t, requires_grad=False))
+        except (OSError, SafetensorError) as e:
+            raise FTPError(f"--model: {file} is damaged ({e}); fetch it again") from None
+        if want:
+            raise FTPError(f"--model: {folder} lacks {len(want)} tensors, the first {next(iter(want))}; give the whole checkpoint")
+        if model.config.tied:
+            model.head.weight = model.embed.weight
+        model.name = str(path)
+        return model.eval()
+
+    @property
+    def dtype(self):
+        return self.embed.weight.dtype
+
+    @property
+    def device(self):
+        return self.embed.weight.device
+
+    @property
+    def fingerprint(self):
+        """Tells models apart: a hash of the shape, and eight weights of the last norm."""
+        c = {k: v for k, v in asdict(self.config).items() if k not in ("eos", "max_len")}
+        return {"config": hashlib.sha256(json.dumps(c, sort_keys=True).encode()).hexdigest()[:16],
+                "norm": [round(v, 5) for v in self.norm.weight[:8].float().tolist()]}
+
+    # -- routing
+
+    def use(self, schedule=None, router="static", *, prefill="topk", decode=None, kv="drop", one_pass=False, score=None,
+            seed=0):
+        """Set how tokens are routed from now on; use() alone goes back to dense. Returns self.
+
+        schedule: Schedule or path. router: Router or path, or "static" (position only), "random", "attention" (by score).
+        prefill: "topk" (each block keeps its quota) or "argmax" (the router's own decision, as in the paper).
+        decode: "threshold" (calibrated), "dense", "rule" (the paper's: skip blocks with s > 0.5); default is the
+        threshold where one is stored for this schedule and router, else dense. kv: "drop" or "keep" the K/V of skipped
+        tokens. one_pass: decide all blocks from the scores of block 0. score: window W or "mean" (default: the router's).
+        """
+        schedule = Schedule.load(schedule) if isinstance(schedule, (str, Path)) else schedule
+        if isinstance(router, (str, Path)) and router not in ("static", "random", "attention"):
+            router = Router.load(router)
+        for flag, value, known in (("--prefill", prefill, ("topk", "argmax")), ("--kv", kv, ("drop", "keep")),
+                                   ("--decode", decode, (None, "threshold", "dense", "rule"))):
+            if value not in known:
+                raise FTPError(f"{flag} {value}: unknown; choose from {[k for k in known if k]}")
+        learned = isinstance(router, Router)
+        thresholds = None
+        if schedule is not None:
+            check_fingerprint(schedule.fingerprint, self.fingerprint, "--schedule: it")
+            if len(schedule.sparsity) != self.config.n_layer:
+                raise FTPError(f"--schedule: it has {len(schedule.sparsity)} blocks, the model {self.config.n_layer}")
+            if learned:
+                check_fingerprint(router.fingerprint, self.fingerprint, "--router: it")
+                router = router.to(self.device)
+                if schedule.router_id == router.id:
+                    thresholds = schedule.decode_threshold
+                elif router.meta.get("schedule_id") == schedule.id:
+                    thresholds = router.meta.get("decode_threshold")
+        if prefill == "argmax" and not learned:
+            raise FTPError("--prefill argmax: only a trained router decides by argmax; give --router, or --prefill topk")
+        if decode == "threshold" and thresholds is None and schedule is not None:
+            raise FTPError("--decode threshold: no thresholds are stored for this schedule and router; calibrate_decode() "
+                           "or --decode dense")
+        self.__dict__["router"] = router  # past nn.Module: the router is no part of the frozen model's parameters
+        self.schedule, self.prefill, self.kv, self.one_pass = schedule, prefill, kv, one_pass
+        self.decode = decode or ("threshold" if thresholds else "dense")
+        self.thresholds, self.score_window = thresholds, score or (router.score if learned else 16)
+        self.aim = None          # while calibrating or training: the share of decoded tokens that skips each block
+        self._random = torch.Generator().manual_seed(seed)
+        self.stats = Stats(self.config.n_layer)
+        return self
+
+    def reads_scores(self, l):
+        """Whether a decision after block l uses the attention scores that block l can give."""
+        if self.schedule is None or self.router in ("static", "random") or (self.one_pass and l > 0):
+            return False
+        uses = self.router == "attention" or {"score", "rank"} & set(self.router.inputs)
+        return bool(uses) and any(0 < s < 1 for s in self.schedule.sparsity[l + 1:])
+
+    def margins(self, l, p, s):
+        """The router's preference for computing block l, (N,) float32, with its logits (N, 2) if it has any -> and Pass."""
+        if self.router == "random":
+            return torch.rand(len(p.x), generator=self._random).to(p.x.device), None, p
+        if self.router == "attention":
+            return p.score, None, p
+        have = {"position": lambda: p.place[:, None], "score": lambda: p.score[:, None], "rank": lambda: p.rank[:, None],
+                "sparsity": lambda: torch.full_like(p.place, s)[:, None],
+                "hidden": lambda: F.rms_norm(p.x.detach().float(), (p.x.shape[1],))}
+        logits, memory = self.router(l, torch.cat([have[i]() for i in self.router.inputs], 1), p.memory)
+        return logits[:, 0] - logits[:, 1], logits, p.next(memory=memory)
+
+    def route(self, l, p, noise=None):
+        """Decide block l -> Keep, Pass. noise: None in inference; in training the Gumbel temperature (0 for none), and the
+        Keep gets gates with gradients."""
+        s = self.schedule.sparsity[l] if self.schedule else 0.0
+        if s <= 0:
+            return Keep(None, p.counts, p.set_counts), p
+        if s >= 1:
+            nothing = torch.zeros_like(p.counts)
+            return Keep(p.local[:0], nothing, nothing, torch.zeros_like(p.in_set)), p
+        by_threshold = not p.all_set and self.decode == "threshold"
+        margin = logits = None
+        if self.router != "static" and (p.any_set or by_threshold):
+            margin, logits, p = self.margins(l, p, s)
+            if noise:
+                u = torch.rand_like(margin).clamp(1e-6, 1 - 1e-6)
+                margin = margin + noise * (u.log() - (1 - u).log())  # difference of two Gumbel draws
+        # decoded tokens, each by itself
+        theta, compute = 0.0, self.decode == "dense" or s <= 0.5
+        if by_threshold:
+            if self.aim is not None:
+                self.thresholds[l] = float(margin.detach()[~p.in_set].quantile(self.aim[l]))
+            theta = self.thresholds[l]
+            mask = ~p.in_set & (margin >= theta)
+        else:
+            mask = ~p.in_set & compute
+        # the prompt, as a set
+        tau = torch.full_like(p.place, theta)
+        if p.any_set and self.prefill == "argmax":
+            mask = mask | (p.in_set & (margin > 0)) | p.ends
+        elif p.any_set and self.router == "static":      # {x_0, x_T-1, x_T-2, ...}
+            k = torch.tensor([quota(t, s) for t in p.n_set]).to(p.seq.device)[p.seq]
+            mask = mask | (p.in_set & (p.local > p.size - k)) | p.ends
+        elif p.any_set:
+            m, mask = margin.detach().masked_fill(p.ends, torch.inf), mask.clone()
+            for f, b, (n, size) in runs(p.n, p.n_set):
+                these = slice(p.start[f], p.start[f] + b * n)
+                top = m[these].view(b, n)[:, :size].topk(quota(size, s), 1)
+                mask[these].view(b, n).scatter_(1, top.indices, True)
+                tau[these].view(b, n)[:, :size] = top.values[:, -1:].clamp(max=1e4)
+        # how many: known beforehand for quotas, else only the device knows
+        if self.prefill == "argmax" and p.any_set or by_threshold:
+            count = torch.zeros(2, len(p.n), device=mask.device).index_add(1, p.seq, torch.stack((mask, mask & p.in_set)).float())
+            counts, set_counts = count.long().cpu()
+        else:
+            set_counts = torch.tensor([quota(t, s) for t in p.n_set])
+            counts = set_counts + (p.counts - p.set_counts) * compute
+        gate = None
+        if noise is not None and logits is not None:
+            free = p.in_set & ~p.ends if not by_threshold else ~p.ends
+            soft = torch.sigmoid(margin - tau)
+            gate = mask + torch.where(free, soft - soft.detach(), 0.0)
+            p.trace.append((l, logits, mask))
+        return Keep(torch.nonzero_static(mask, size=int(counts.sum()))[:, 0], counts, set_counts, mask, gate), p
+
+    def calibrate_decode(self, samples, sparsity=None):
+        """Set the thresholds with which decoded tokens skip block l at the rate s_l; returns them.
+
+        samples: [(prompt ids, response ids)], responses run as decoded tokens, each block with the thresholds of the
+        blocks before it in place. sparsity: another mean to reach in decode, the schedule's profile scaled to it.
+        """
+        if not isinstance(self.router, Router):
+            raise FTPError("--decode threshold: only a trained router has margins to calibrate; give --router")
+        s = self.schedule.sparsity
+        scale = 1.0 if sparsity is None else sparsity / self.schedule.mean
+        self.aim, self.thresholds, self.decode = [v if v >= 1 else min(v * scale, 0.98) for v in s], [0.0] * len(s), "threshold"
+        self.score_rows([a + b for a, b in samples], [len(a) for a, _ in samples], [])
+        self.aim, self.stats = None, Stats(self.config.n_layer)
+        return self.thresholds
+
+    # -- running
+
+    def begin(self, seqs, n_set, cache=None, slots=None):
+        """Pass before block 0 of `seqs`, lists of token ids of which the first n_set[b] are prompt tokens."""
+        if not seqs or not all(len(s) for s in seqs):
+            raise FTPError("empty prompt: every sequence needs at least one token")
+        ids = torch.tensor([t for s in seqs for t in s], device=self.device)
+        if int(ids.max()) >= self.config.vocab_size or int(ids.min()) < 0:
+            raise FTPError(f"token id {int(ids.max())} is outside the vocabulary of {self.config.vocab_size}; use the model's tokenizer")
+        p = Pass(F.embedding(ids, self.embed.weight), [len(s) for s in seqs], n_set, cache, slots, self.decode == "threshold")
+        if p.has_past and p.any_set:
+            raise FTPError("a prompt is routed as a whole: it can't be added to a filled cache")
+        if p.end > self.config.max_len:
+            raise FTPError(f"{p.end} tokens are more than the model's {self.config.max_len}; shorten the prompt")
+        if self._rope is None or len(self._rope[0]) < p.end or self._rope[0].device != ids.device or self._rope[0].dtype != self.dtype:
+            angle = torch.arange(max(2 * p.end, 256))[:, None] * rope_frequencies(self.config)
+            angle = torch.cat((angle, angle), 1)
+            self._rope = tuple(t.to(ids.device, self.dtype) for t in (angle.cos(), angle.sin()))
+        p.rope = tuple(t[p.pos] for t in self._rope)
+        return p
+
+    def step(self, l, p, masked=False, noise=None):
+        """Route and run block l: Pass -> Pass."""
+        keep, p = self.route(l, p, noise)
+        self.count(l, p, keep)
+        if self.schedule and self.schedule.sparsity[l] >= 1:
+            return p
+        run = self.blocks[l].masked if masked else self.blocks[l]
+        return run(p, keep, self.kv, self.score_window if self.reads_scores(l) else None)
+
+    def count(self, l, p, keep):
+        """Add block l of a pass to the realised sparsity and FLOPs."""
+        c, st = self.config, self.stats
+        removed = self.schedule is not None and self.schedule.sparsity[l] >= 1
+        kv_only = self.kv == "keep" and keep.rows is not None and not removed
+        a, b = keep.set_counts, keep.counts - keep.set_counts
+        kept = [int(a.sum()), int(b.sum())]
+        if kv_only:
+            seen, sets = p.pos[keep.rows] + 1, p.in_set[keep.rows]
+            pairs = [float(seen[sets].sum()), float(seen[~sets].sum())]
+        else:
+            before = a + (p.cache.len[l, p.slots] if p.has_past else 0)
+            pairs = [float((a * (a + 1)).sum()) / 2, float((b * before + b * (b + 1) / 2).sum())]
+        total = [int(p.set_counts.sum()), int((p.counts - p.set_counts).sum())]
+        learned = isinstance(self.router, Router) and keep.rows is not None and not removed
+        for i, ph in enumerate(("prefill", "decode")):
+            st.kept[ph][l] += kept[i]
+            if l == 0:
+                st.total[ph] += total[i]
+            st.dense_flops[ph] += c.block_flops(total[i], p.dense_pairs[i])
+            st.flops[ph] += c.block_flops(kept[i], pairs[i], (total[i] - kept[i]) * kv_only)
+            if learned and (i == 0 or self.decode == "threshold"):
+                st.flops[ph] += self.router.flops(total[i])
+        if self.reads_scores(l):
+            w = a if self.score_window == "mean" else a.clamp(max=self.score_window)
+            st.flops["prefill"] += c.score_flops(1, float((w * a).sum()))
+
+    def logits(self, x):
+        """Next-token logits (M, vocab) of hidden states x (M, d) as they leave the last block."""
+        return self.head(self.norm(x))
+
+    def score_rows(self, seqs, n_prompt, rows=None, masked=False):
+        """One pass without a cache: prompts as sets, the tokens after n_prompt[b] as decoded tokens (teacher-forced).
+
+        Returns logits of the packed rows `rows` (all by default). Equal to a prefill followed by decoding those tokens.
+        """
+        with torch.no_grad():
+            p = self.begin(seqs, n_prompt)
+            for l in range(self.config.n_layer):
+                p = self.step(l, p, masked)
+            return self.logits(p.x if rows is None else p.x[rows])
+
+    def forward(self, input_ids, n_prompt=None, masked=False):
+        """input_ids (B, T) int64 -> logits (B, T, vocab). The first n_prompt tokens (default: all T) are routed as a set,
+        so with a schedule in use only their last position is causal; the rest are routed as decoded tokens."""
+        B, T = input_ids.shape
+        return self.score_rows(input_ids.tolist(), [T if n_prompt is None else n_prompt] * B, masked=masked).view(B, T, -1)
+
+    @torch.inference_mode()
+    def extend(self, seqs, cache, slots=None, prompt=False, last_only=False):
+        """Run new tokens into the cache: prompts (prompt=True, routed as sets) or decoded tokens.
+
+        seqs: one list of token ids a sequence; slots (B,) its cache row, by default in order. Returns packed logits
+        (sum of lengths, vocab), or (B, vocab) of the last tokens with last_only.
+        """
+        slots = torch.arange(len(seqs)) if slots is None else slots
+        p = self.begin(seqs, [len(s) if prompt else 0 for s in seqs], cache, slots)
+        for l in range(self.config.n_layer):
+            p = self.step(l, p)
+        cache.seen[slots] += p.counts
+        return self.logits(p.x[torch.tensor(p.start) + p.counts - 1] if last_only else p.x)
+
+    def new_cache(self, rows):
+        return KVCache(self.config, rows, self.dtype, self.device)
+
+    def stream(self, prompts, max_new_tokens=64, temperature=0.0, top_p=1.0, seed=0, eos=None):
+        """Generate token by token: yields a list with the new token of each prompt, None where one has ended.
+
+        temperature 0 is greedy. Ends at any of `eos` (default: the model's end tokens), which is yielded.
+        """
+        eos = set(self.config.eos if eos is None else eos)
+        rng = torch.Generator(self.device).manual_seed(seed)
+        self.cache = cache = self.new_cache(len(prompts))
+        alive = torch.arange(len(prompts))
+        logits = self.extend(prompts, cache, prompt=True, last_only=True)
+        for i in range(max_new_tokens):
+            new = sample(logits, temperature, top_p, rng).tolist()
+            step = [None] * len(prompts)
+            for b, t in zip(alive.tolist(), new):
+                step[b] = t
+            yield step
+            go = [j for j, t in enumerate(new) if t not in eos]
+            if not go or i + 1 == max_new_tokens:
+                return
+            alive = alive[go]
+            logits = self.extend([[new[j]] for j in go], cache, alive, last_only=True)
+
+    def generate(self, prompts, max_new_tokens=64, **kw):
+        """Lists of token ids -> lists of new token ids, each up to its end token; arguments as stream()."""
+        out = [[] for _ in prompts]
+        for step in self.stream(prompts, max_new_tokens, **kw):
+            for o, t in zip(out, step):
+                if t is not None:
+                    o.append(t)
+        return out
+
+
+def sample(logits, temperature, top_p, rng):
+    """Next tokens (B,) from logits (B, vocab): greedy at temperature 0, else nucleus sampling."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    prob, token = (logits.float() / temperature).softmax(-1).sort(-1, descending=True)
+    prob = prob.masked_fill(prob.cumsum(-1) - prob >= top_p, 0)
+    return token.gather(1, torch.multinomial(prob, 1, generator=rng))[:, 0]
+
+
+def rope_frequencies(c):
+    """Rotary frequencies (head_dim / 2,) float32, with LLaMA-3's scaling where the config has it (Llama 3.1 report)."""
+    f = c.rope_theta ** -(torch.arange(0, c.head_dim, 2).float() / c.head_dim)
+    if c.rope_scaling:
+        r = c.rope_scaling
+        turns = r["original_max_position_embeddings"] * f / (2 * math.pi)  # rotations within the original context
+        share = ((turns - r["low_freq_factor"]) / (r["high_freq_factor"] - r["low_freq_factor"])).clamp(0, 1)
+        f = f * (share + (1 - share) / r["factor"])
+    return f
+
+
+def kl_divergence(teacher, student):
+    """KL(teacher || student) of next-token distributions, nats per token: logits (M, vocab) -> (M,) float32."""
+    t, s = (z.float().log_softmax(-1) for z in (teacher, student))
+    return (t.exp() * (t - s)).sum(-1)
+
+
+def hf_name(name):
+    """Our parameter name -> the one in a Hugging Face checkpoint."""
+    for a, b in (("blocks.", "model.layers."), ("norm1", "input_layernorm"), ("norm2", "post_attention_layernorm"),
+                 (".gate.", ".mlp.gate_proj."), (".up.", ".mlp.up_proj."), (".down.", ".mlp.down_proj."),
+                 *((f".{m}.", f".self_attn.{m}_proj.") for m in "qkvo")):
+        name = name.replace(a, b)
+    return {"embed.weight": "model.embed_tokens.weight", "norm.weight": "model.norm.weight",
+            "head.weight": "lm_head.weight"}.get(name, name)
+
+
+def find_model(path):
+    """Folder of a model: "smollm2" (made by prepare.py), a local folder, or a hub id, fetched into the hub's cache."""
+    if str(path) == "smollm2":
+        if not (HOME / "smollm2" / "config.json").exists():
+            raise FTPError("--model smollm2: not there yet; run `python prepare.py` first")
+        return HOME / "smollm2"
+    if Path(path).is_dir():
+        return Path(path)
+    if str(path).count("/") != 1 or str(path).startswith((".", "/", "~")):
+        raise FTPError(f"--model {path}: no such folder; give \"smollm2\", a folder, or a hub id like owner/name")
+    from huggingface_hub import snapshot_download
+    try:
+        return Path(snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]))
+    except Exception as e:  # the hub client raises many kinds, all meaning the same to the user
+        raise FTPError(f"--model {path}: not fetched from the hub ({str(e).splitlines()[0]}); check the id, or give a local folder") from None

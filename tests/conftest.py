@@ -1,0 +1,80 @@
+"""Tiny random models, saved as Hugging Face folders: no test but the marked one downloads anything."""
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from model_ftp import FTPModel, Router, Schedule  # noqa: E402
+
+SHAPES = {
+    "mha": dict(num_key_value_heads=4),
+    "gqa": dict(num_key_value_heads=2),
+    "tied": dict(num_key_value_heads=2, tie_word_embeddings=True),
+    "llama3": dict(num_key_value_heads=2, rope_parameters=dict(
+        rope_type="llama3", rope_theta=500000.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+        original_max_position_embeddings=16)),
+    "qwen2": dict(num_key_value_heads=4),
+}
+
+
+def make_hf(shape, seed=0):
+    from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+    torch.manual_seed(seed)
+    config, model = (Qwen2Config, Qwen2ForCausalLM) if shape == "qwen2" else (LlamaConfig, LlamaForCausalLM)
+    c = config(**{**dict(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=6, num_attention_heads=4,
+                         max_position_embeddings=256, eos_token_id=2, bos_token_id=1, tie_word_embeddings=False),
+                  **SHAPES[shape]})
+    m = model(c).eval()
+    for p in m.parameters():  # default init is so small that every block is close to the identity
+        p.data.normal_(0, 0.25) if p.dim() > 1 else p.data.normal_(1.0 if p.shape[0] == 32 else 0.0, 0.2)
+    return m
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """folder(shape) -> (path of a saved tiny model, the Hugging Face model)."""
+    made = {}
+
+    def get(shape):
+        if shape not in made:
+            hf = make_hf(shape)
+            path = tmp_path_factory.mktemp(shape)
+            hf.save_pretrained(path)
+            made[shape] = path, hf
+        return made[shape]
+    return get
+
+
+@pytest.fixture(scope="session")
+def tiny(folder):
+    return FTPModel.from_pretrained(folder("gqa")[0])
+
+
+@pytest.fixture
+def schedule(tiny):
+    return Schedule([0.0, 0.3, 0.5, 0.7, 0.2, 0.4], tiny.fingerprint)
+
+
+def make_router(model, schedule=None, seed=0, **kw):
+    torch.manual_seed(seed)
+    r = Router(model.config, model.fingerprint, **kw)
+    with torch.no_grad():
+        r.b2.zero_()  # about half compute, so that argmax decides something
+    if schedule is not None:
+        g = torch.Generator().manual_seed(seed)
+        samples = [(torch.randint(3, 97, (20,), generator=g).tolist(), torch.randint(3, 97, (30,), generator=g).tolist())
+                   for _ in range(6)]
+        model.use(schedule, r)
+        r.meta = {"decode_threshold": model.calibrate_decode(samples), "schedule_id": schedule.id}
+        model.use()
+    return r
+
+
+def tokens(n, seed=0):
+    return torch.randint(3, 97, (n,), generator=torch.Generator().manual_seed(seed)).tolist()
