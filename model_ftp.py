@@ -273,6 +273,13 @@ class Router(nn.Module):
             z = F.relu(z)
         return z @ self.w2[g] + self.b2[g], h
 
+    def factors(self, p, s):
+        """The inputs (N, n_inputs) float32 for the tokens of a Pass at a block of sparsity s, each scaled to [0, 1] whatever
+        the length; "hidden" is the state scaled to unit RMS."""
+        one = {"position": p.place, "score": p.score, "rank": p.rank, "sparsity": torch.full_like(p.place, s)}
+        return torch.cat([F.rms_norm(p.x.detach().float(), p.x.shape[1:]) if i == "hidden" else one[i][:, None]
+                          for i in self.inputs], 1)
+
     def flops(self, tokens):
         n = self.n_inputs + (self.width if self.kind == "recurrent" else 0)
         return 2 * tokens * self.width * (n + 2)
@@ -772,10 +779,7 @@ class FTPModel(nn.Module):
             return torch.rand(len(p.x), generator=self._random).to(p.x.device), None, p
         if self.router == "attention":
             return p.score, None, p
-        have = {"position": lambda: p.place[:, None], "score": lambda: p.score[:, None], "rank": lambda: p.rank[:, None],
-                "sparsity": lambda: torch.full_like(p.place, s)[:, None],
-                "hidden": lambda: F.rms_norm(p.x.detach().float(), (p.x.shape[1],))}
-        logits, memory = self.router(l, torch.cat([have[i]() for i in self.router.inputs], 1), p.memory)
+        logits, memory = self.router(l, self.router.factors(p, s), p.memory)
         return logits[:, 0] - logits[:, 1], logits, p.next(memory=memory)
 
     def route(self, l, p, noise=None):
@@ -843,7 +847,7 @@ class FTPModel(nn.Module):
         s = self.schedule.sparsity
         scale = 1.0 if sparsity is None else sparsity / self.schedule.mean
         self.aim, self.thresholds, self.decode = [v if v >= 1 else min(v * scale, 0.98) for v in s], [0.0] * len(s), "threshold"
-        self.score_rows([a + b for a, b in samples], [len(a) for a, _ in samples], [])
+        self.score_rows(*zip(*((a + b, len(a)) for a, b in samples)), rows=[0])
         self.aim, self.stats = None, Stats(self.config.n_layer)
         return self.thresholds
 
@@ -914,10 +918,26 @@ class FTPModel(nn.Module):
         Returns logits of the packed rows `rows` (all by default). Equal to a prefill followed by decoding those tokens.
         """
         with torch.no_grad():
-            p = self.begin(seqs, n_prompt)
+            p = self.begin(list(seqs), list(n_prompt))
             for l in range(self.config.n_layer):
                 p = self.step(l, p, masked)
             return self.logits(p.x if rows is None else p.x[rows])
+
+    def response_states(self, samples, max_tokens=2048):
+        """Last hidden states (R, d) of the rows that predict the responses of [(prompt ids, response ids)], and the sample of
+        each row (R,): the quantity that teacher and routed model are compared by. Prompts are routed as sets."""
+        states, owner = [], []
+        with torch.inference_mode():
+            for first, group in batches(samples, max_tokens):
+                p, (rows, whose) = self.begin_samples(group), response_rows(group)
+                for l in range(self.config.n_layer):
+                    p = self.step(l, p)
+                states.append(p.x[rows])
+                owner.append(whose + first)
+        return torch.cat(states), torch.cat(owner)
+
+    def begin_samples(self, samples):
+        return self.begin([a + b for a, b in samples], [len(a) for a, _ in samples])
 
     def forward(self, input_ids, n_prompt=None, masked=False):
         """input_ids (B, T) int64 -> logits (B, T, vocab). The first n_prompt tokens (default: all T) are routed as a set,
@@ -992,6 +1012,36 @@ def rope_frequencies(c):
         share = ((turns - r["low_freq_factor"]) / (r["high_freq_factor"] - r["low_freq_factor"])).clamp(0, 1)
         f = f * (share + (1 - share) / r["factor"])
     return f
+
+
+def batches(samples, max_tokens):
+    """Groups of neighbouring samples of at most max_tokens together: yields (index of the first, list of samples)."""
+    group, first, size = [], 0, 0
+    for i, s in enumerate(samples):
+        n = len(s[0]) + len(s[1])
+        if group and size + n > max_tokens:
+            yield first, group
+            group, first, size = [], i, 0
+        group.append(s)
+        size += n
+    yield first, group
+
+
+def response_rows(samples):
+    """Rows of packed (prompt + response) sequences whose logits predict a response token, and the sample of each."""
+    rows, owner, start = [], [], 0
+    for i, (prompt, response) in enumerate(samples):
+        first = start + len(prompt) - 1
+        rows += range(first, first + len(response))
+        owner += [i] * len(response)
+        start += len(prompt) + len(response)
+    return torch.tensor(rows), torch.tensor(owner)
+
+
+def by_sample(values, owner):
+    """Mean of values (R,) over each sample, (samples,) float32 on the CPU."""
+    n = owner.bincount()
+    return torch.zeros(len(n)).index_add(0, owner, values.float().cpu()) / n
 
 
 def kl_divergence(teacher, student):

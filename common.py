@@ -1,0 +1,132 @@
+"""What every stage shares: flags, the banner, seeds, dtype choice, progress, and how mistakes end."""
+import argparse
+import datetime
+import platform
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from tqdm import tqdm
+
+from model_ftp import FTPError, FTPModel
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are one line and exit code 2, whose help shows defaults, and which takes no abbreviations."""
+    def __init__(self, doc, **kw):
+        super().__init__(description=doc, formatter_class=type("F", (
+            argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter), {}), allow_abbrev=False, **kw)
+
+    def error(self, message):
+        sys.exit(complain(message))
+
+    def common(self, out_dir="out"):
+        """The flags that mean the same in every script."""
+        self.add_argument("--model", default="smollm2", help="smollm2 (after prepare.py), a Hugging Face folder, or a hub id")
+        self.add_argument("--out_dir", default=out_dir, help="folder of the artefacts")
+        self.add_argument("--seed", type=int, default=0, help="seed of everything random")
+        self.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, ...")
+        self.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"],
+                          help="auto: bfloat16 where the device computes in it, else float32")
+        self.add_argument("--threads", type=int, default=0, help="CPU threads, 0: all cores")
+        return self
+
+    def routing(self):
+        """How a schedule and router are applied; defaults as FTPModel.use()."""
+        self.add_argument("--prefill", default="topk", choices=["topk", "argmax"], help="prompt: quota, or the router's own decision")
+        self.add_argument("--kv", default="drop", choices=["drop", "keep"], help="K/V of skipped tokens")
+        self.add_argument("--one_pass", action="store_true", help="decide all blocks from the scores of block 0")
+        return self
+
+
+def complain(e):
+    """Print one line about a mistake; returns exit code 2."""
+    print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(e).split())}", file=sys.stderr)
+    return 2
+
+
+def run(main):
+    """Run a stage's main() so that expected mistakes end in one line and code 2, and Ctrl-C in one line and 130."""
+    try:
+        main()
+    except FTPError as e:
+        sys.exit(complain(e))
+    except KeyboardInterrupt:
+        print(f"{Path(sys.argv[0]).name}: stopped; what was saved stays, the same command goes on from there", file=sys.stderr)
+        sys.exit(130)
+
+
+def check(ok, message):
+    if not ok:
+        raise FTPError(message)
+
+
+def pick_dtype(name, device):
+    """dtype and the reason for it."""
+    if name != "auto":
+        return getattr(torch, name), "asked for"
+    if torch.device(device).type == "cuda":
+        ok = torch.cuda.is_bf16_supported()
+        return (torch.bfloat16 if ok else torch.float16), f"{torch.cuda.get_device_name(device)} computes in it"
+    if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported():
+        return torch.bfloat16, "this CPU has bfloat16 instructions"
+    return torch.float32, "this CPU has no bfloat16 instructions"
+
+
+def commit():
+    try:
+        here = Path(__file__).parent
+        return subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=10"], cwd=here, capture_output=True, text=True,
+                              check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def cpu_name():
+    try:
+        line = next(s for s in Path("/proc/cpuinfo").read_text().splitlines() if s.startswith("model name"))
+        return line.split(":")[1].strip()
+    except (OSError, StopIteration):
+        return platform.processor()
+
+
+def start(args, dtype=None):
+    """Seeds, threads, banner; loads the model. Returns model, config dict to store with the artefact."""
+    device = torch.device(args.device)
+    check(device.type != "cuda" or torch.cuda.is_available(), f"--device {args.device}: no CUDA here; give --device cpu")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    random.seed(args.seed)
+    np.random.seed(args.seed)
+    torch.manual_seed(args.seed)
+    dtype, why = pick_dtype(dtype or args.dtype, device)
+    info = {"torch": torch.__version__, "transformers": transformers.__version__, "python": platform.python_version(),
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{cpu_name()}, {torch.get_num_threads()} threads",
+            "dtype": str(dtype).removeprefix("torch."), "dtype_reason": why, "commit": commit(),
+            "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")}
+    print(" | ".join(f"{k} {v}" for k, v in info.items()))
+    print(" ".join(f"{k}={v}" for k, v in vars(args).items()), flush=True)
+    model = FTPModel.from_pretrained(args.model, dtype=dtype, device=device)
+    return model, {**info, "settings": vars(args), "model": args.model, "fingerprint": model.fingerprint}
+
+
+def bar(it=None, **kw):
+    """A tqdm bar with rate and ETA on a terminal; silent in a log."""
+    return tqdm(it, disable=not sys.stderr.isatty(), dynamic_ncols=True, **kw)
+
+
+class Every:
+    """true() at most once in `seconds`: for progress lines in logs, where a bar is silent."""
+    def __init__(self, seconds=20):
+        self.seconds, self.last = seconds, time.time()
+
+    def true(self):
+        if time.time() - self.last < self.seconds:
+            return False
+        self.last = time.time()
+        return True

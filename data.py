@@ -1,0 +1,244 @@
+"""Text, instructions and choice tasks, from local files or `datasets` ids, as lists of token ids.
+
+    load_samples("self", model, tokenizer)          # 260 prompts of this repository, answered by the model itself
+    load_samples("tatsu-lab/alpaca", ...)           # the paper's set; any Alpaca-form .json/.jsonl file works too
+    load_task("arc_easy"), load_task("mine=items.jsonl"), load_text("book.txt")
+"""
+import json
+import math
+import random
+from pathlib import Path
+
+from common import bar, check
+from model_ftp import HOME, FTPError, find_model
+
+PROMPTS = Path(__file__).parent / "prompts.jsonl"
+SPLITS = {"train": (0, 1), "watch": (2,), "heldout": (3,)}  # of every four items: fit, early stopping, evaluation
+
+
+def load_tokenizer(path):
+    from transformers import AutoTokenizer
+    try:
+        return AutoTokenizer.from_pretrained(find_model(path))
+    except (OSError, ValueError) as e:
+        raise FTPError(f"--model {path}: no usable tokenizer ({str(e).splitlines()[0]}); give a folder with tokenizer.json") from None
+
+
+def read_rows(path, flag="--data"):
+    """Rows of a .json list or .jsonl file, FTPError with the line number of a bad one."""
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as e:
+        raise FTPError(f"{flag}: {path} can't be read as UTF-8 text ({e}); give an existing .jsonl, .json or .txt file") from None
+    rows, start = [], 1
+    try:
+        if path.suffix == ".json":
+            rows = json.loads(text)
+        else:
+            for start, line in enumerate(text.splitlines(), 1):
+                if line.strip():
+                    rows.append(json.loads(line))
+    except ValueError as e:
+        raise FTPError(f"{flag}: {path} line {start} is not JSON ({e}); mend or remove it") from None
+    check(isinstance(rows, list) and all(isinstance(r, dict) for r in rows), f"{flag}: {path} must hold JSON objects")
+    check(rows, f"{flag}: {path} is empty; give a file with items")
+    return rows
+
+
+def from_hub(name, config, split, flag):
+    """A split of a `datasets` id (or local data set folder)."""
+    from datasets import load_dataset
+    try:
+        return load_dataset(name, config, split=split)
+    except Exception as e:  # many kinds: no network, no such id, no such split
+        raise FTPError(f"{flag} {name}: not loaded ({(str(e).splitlines() or [type(e).__name__])[0]}); check the id, or give a local file") from None
+
+
+# ------------------------------------------------------------------------------------------------
+# instructions
+
+def render(tokenizer, instruction, context=""):
+    """Token ids of a prompt: the model's chat template, or Alpaca's headings for a base model."""
+    text = f"{instruction}\n\n{context}" if context else instruction
+    if tokenizer.chat_template:
+        text = tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True)
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+    return tokenizer(f"### Instruction:\n{text}\n\n### Response:\n")["input_ids"]
+
+
+def self_responses(model, tokenizer, seed=0, max_new_tokens=64, temperature=0.7, batch_size=32):
+    """The repository's prompts with responses that `model` writes once: cached by model and seed, made in resumable batches."""
+    rows = read_rows(PROMPTS)
+    path = HOME / "self" / f"{Path(model.name).resolve().name}-{model.fingerprint['config']}-seed{seed}-{max_new_tokens}.jsonl"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(".part")
+        done = part.read_text().splitlines() if part.exists() else []
+        done = done[:len(done) // batch_size * batch_size]
+        model.use()
+        for i in bar(range(len(done), len(rows), batch_size), desc="the dense model answers", unit="batch"):
+            some = rows[i:i + batch_size]
+            new = model.generate([render(tokenizer, r["instruction"], r["input"]) for r in some], max_new_tokens,
+                                 temperature=temperature, top_p=0.95, seed=seed + i)
+            done += [json.dumps({**r, "response_ids": n}) for r, n in zip(some, new)]
+            part.write_text("\n".join(done) + "\n")
+        part.rename(path)
+    return read_rows(path)
+
+
+def load_samples(data, model, tokenizer, split="train", nsamples=None, max_prompt=512, max_response=64, min_response=8, seed=0):
+    """[(prompt ids, response ids)] of one of the three disjoint SPLITS, shuffled by `seed`.
+
+    data: "self", an Alpaca-form .json/.jsonl file, or a `datasets` id. Prompts beyond max_prompt tokens are left out,
+    never cut; responses are cut at max_response.
+    """
+    if data == "self":
+        rows = self_responses(model, tokenizer)
+    else:
+        rows = read_rows(data) if Path(data).exists() else list(from_hub(data, None, "train", "--data"))
+    out = []
+    for i, r in enumerate(rows):
+        if i % 4 not in SPLITS[split]:
+            continue
+        check("instruction" in r and ("output" in r or "response_ids" in r), f"--data: item {i} of {data} lacks instruction or output")
+        prompt = render(tokenizer, r["instruction"], r.get("input") or "")
+        response = r["response_ids"] if "response_ids" in r else tokenizer(r["output"], add_special_tokens=False)["input_ids"]
+        if len(prompt) <= max_prompt and len(response) >= min_response:
+            out.append((prompt, response[:max_response]))
+    check(out, f"--data: no usable item in {data}; items need an instruction and an output of at least {min_response} tokens")
+    random.Random(seed).shuffle(out)
+    return out[:nsamples]
+
+
+# ------------------------------------------------------------------------------------------------
+# text
+
+def load_text(spec, flag="--text"):
+    """A text: a .txt file as it is (WikiText lines joined the usual way), the "text" fields of .jsonl, or a `datasets` id
+    as owner/name[:config[:split]]."""
+    path = Path(spec)
+    if path.exists():
+        if path.suffix == ".txt":
+            lines = path.read_text(encoding="utf-8").split("\n")
+            check(any(s.strip() for s in lines), f"{flag}: {path} is empty; give a file with text")
+            # WikiText's raw form keeps blank lines as " ": the field joins its rows by an empty line
+            if "wiki" in path.name:
+                return "\n\n".join("" if not s.strip() else s + "\n" for s in lines[:-1] if s is not None)
+            return "\n".join(lines)
+        rows = read_rows(path, flag)
+    else:
+        name, config, split = (spec.split(":") + [None, None])[:3]
+        rows = from_hub(name, config, split or "test", flag)
+    check("text" in rows[0], f"{flag}: items of {spec} have no \"text\"")
+    return "\n\n".join(r["text"] for r in rows)
+
+
+def windows(ids, context, scored, n=None):
+    """Non-overlapping windows [(prompt ids, ids to score)] of context + scored tokens."""
+    size = context + scored
+    check(len(ids) >= size, f"--text: {len(ids)} tokens are fewer than one window of {size}; give more text or smaller windows")
+    return [(ids[i:i + context], ids[i + context:i + size]) for i in range(0, len(ids) - size + 1, size)][:n]
+
+
+# ------------------------------------------------------------------------------------------------
+# choice tasks: items {"contexts": [str], "continuations": [str], "answer": int}, one pair an option
+
+def arc(r):
+    return {"context": f"Question: {r['question']}\nAnswer:", "choices": [" " + t for t in r["choices"]["text"]],
+            "answer": r["choices"]["label"].index(r["answerKey"])}
+
+
+def hellaswag(r):
+    import re
+    clean = lambda t: re.sub(r"\[.*?\]", "", t.strip().replace(" [title]", ". ")).replace("  ", " ")
+    return {"context": clean(f"{r['activity_label']}: {r['ctx_a']} {r['ctx_b'].capitalize()}"),
+            "choices": [" " + clean(e) for e in r["endings"]], "answer": int(r["label"])}
+
+
+def mmlu(r):
+    head = f"The following are multiple choice questions (with answers) about {r['subject'].replace('_', ' ')}.\n\n"
+    body = "".join(f"{k}. {t}\n" for k, t in zip("ABCD", r["choices"]))
+    return {"context": f"{head}{r['question'].strip()}\n{body}Answer:", "choices": [" A", " B", " C", " D"], "answer": int(r["answer"])}
+
+
+def winogrande(r):
+    before, after = r["sentence"].split("_")
+    return {"contexts": [before + r["option1"], before + r["option2"]], "continuation": " " + after.strip(),
+            "answer": int(r["answer"]) - 1}
+
+
+def piqa(r):
+    return {"context": f"Question: {r['goal']}\nAnswer:", "choices": [" " + r["sol1"], " " + r["sol2"]], "answer": int(r["label"])}
+
+
+def openbookqa(r):
+    return {"context": r["question_stem"], "choices": [" " + t for t in r["choices"]["text"]],
+            "answer": r["choices"]["label"].index(r["answerKey"].strip())}
+
+
+def lambada(r):
+    context, word = r["text"].rsplit(" ", 1)
+    return {"context": context, "word": " " + word}
+
+
+# task: (datasets id, config, split, row -> item in the local schema)
+HUB = {
+    "arc_easy": ("allenai/ai2_arc", "ARC-Easy", "test", arc),
+    "arc_challenge": ("allenai/ai2_arc", "ARC-Challenge", "test", arc),
+    "hellaswag": ("Rowan/hellaswag", None, "validation", hellaswag),
+    "mmlu": ("cais/mmlu", "all", "test", mmlu),
+    "winogrande": ("allenai/winogrande", "winogrande_xl", "validation", winogrande),
+    "piqa": ("ybisk/piqa", "plain_text", "validation", piqa),
+    "openbook_qa": ("allenai/openbookqa", "main", "test", openbookqa),
+    "lambada": ("EleutherAI/lambada_openai", "en", "test", lambada),
+}
+
+
+def load_task(spec, limit=None):
+    """name or name=file -> (name, items). Items hold "contexts" and "continuations" (one pair an option, texts whose plain
+    concatenation is scored) and "answer"; LAMBADA-like items hold one pair and no answer."""
+    name, _, path = spec.partition("=")
+    if path:
+        rows = read_rows(path, "--tasks")
+    else:
+        check(name in HUB, f"--tasks {name}: unknown task; give name=file.jsonl, or one of {', '.join(HUB)}")
+        hub, config, split, convert = HUB[name]
+        rows = [convert(r) for r in from_hub(hub, config, split, "--tasks")]
+    items = []
+    for i, r in enumerate(rows[:limit]):
+        try:
+            if "word" in r:
+                item = {"contexts": [r["context"]], "continuations": [r["word"]], "answer": None}
+            elif "choices" in r:
+                item = {"contexts": [r["context"]] * len(r["choices"]), "continuations": list(r["choices"]), "answer": r["answer"]}
+            else:
+                item = {"contexts": list(r["contexts"]), "continuations": [r["continuation"]] * len(r["contexts"]), "answer": r["answer"]}
+        except (KeyError, TypeError) as e:
+            raise FTPError(f"--tasks {name}: item {i + 1} has no {e}; see load_task in data.py for the form") from None
+        texts = item["contexts"] + item["continuations"]
+        good = all(isinstance(t, str) for t in texts) and all(item["continuations"]) and (
+            item["answer"] is None or (isinstance(item["answer"], int) and 0 <= item["answer"] < len(item["contexts"])))
+        check(good, f"--tasks {name}: item {i + 1} has an empty choice or an answer out of range; mend it")
+        items.append(item)
+    check(items, f"--tasks {name}: no items; raise --limit or give another file")
+    return name, items
+
+
+def encode_pair(tokenizer, context, continuation):
+    """Ids of context and continuation, tokenised as one text and parted as lm-evaluation-harness does. An empty context
+    becomes the start token, so that there is something to predict from."""
+    both = tokenizer(context + continuation)["input_ids"]
+    head = tokenizer(context)["input_ids"] if context else []
+    n = min(len(head), len(both) - 1)
+    if n == 0:
+        start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+        return [start], both
+    return both[:n], both[n:]
+
+
+def standard_error(values):
+    """Standard error of the mean."""
+    n = len(values)
+    mean = sum(values) / n
+    return math.sqrt(sum((v - mean) ** 2 for v in values) / max(n - 1, 1) / n)

@@ -1,0 +1,261 @@
+"""Stage 1: search the sparsity of each block with a genetic algorithm, the static router in place.
+
+    python search_scheduler.py --sparsity 0.30                                  # -> out/schedule.json
+    python search_scheduler.py --model meta-llama/Llama-2-7b-hf --data tatsu-lab/alpaca --nsamples 64 --evaluations 1000
+    python search_scheduler.py --method uniform --out_dir out/uniform           # or --method bi: no search, for comparison
+    python search_scheduler.py --sparsity 0.30 --resume                         # go on after an interruption
+
+Fitness is KL(dense || routed) of the next token on the responses of calibration samples: the prompt is routed, the
+response decoded dense. Candidates run with real skipping; blocks that two candidates have in common at their start
+run once. A part of the data that no candidate is chosen by is watched, and decides which generation's best is kept.
+"""
+import random
+import time
+from collections import OrderedDict
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from common import Parser, bar, check, run, start
+from data import load_samples, load_tokenizer
+from model_ftp import Schedule, batches, by_sample, kl_divergence, load_json, response_rows, save_json
+
+GRAIN = 1000  # a schedule is searched as whole thousandths, so that its mean stays exact
+
+
+class Fitness:
+    """KL to the dense model on samples, for schedules in thousandths. Equal schedules and equal beginnings run once."""
+    def __init__(self, model, samples, router="static", max_entries=2000, **routing):
+        self.model, self.router, self.routing = model, router, {"decode": "dense", **routing}
+        self.groups = [g for _, g in batches(samples, 2048)]
+        self.known, self.states, self.max_entries = {}, OrderedDict(), max_entries
+        self.blocks_run = self.blocks_asked = 0
+        self.tokens, self.seconds = sum(len(a) + len(b) for a, b in samples), 0.0
+        model.use()
+        self.teacher = [model.response_states(g) for g in self.groups]
+
+    @torch.inference_mode()
+    def items(self, units):
+        """KL of each sample, (nsamples,) in nats per response token."""
+        units, m, L = tuple(units), self.model, self.model.config.n_layer
+        self.blocks_asked += L
+        if units not in self.known:
+            t = time.time()
+            m.use(Schedule([u / GRAIN for u in units], m.fingerprint), self.router, **self.routing)
+            first = max((l for l in range(L, 0, -1) if units[:l] in self.states), default=0)
+            passes = self.states[units[:first]] if first else [m.begin_samples(g) for g in self.groups]
+            for l in range(first, L):
+                passes = [m.step(l, p) for p in passes]
+                self.states[units[:l + 1]] = passes
+                if len(self.states) > self.max_entries:
+                    self.states.popitem(last=False)  # the oldest
+            self.blocks_run += L - first
+            self.known[units] = torch.cat([
+                by_sample(kl_divergence(m.logits(x), m.logits(p.x[response_rows(g)[0]])), owner)
+                for g, p, (x, owner) in zip(self.groups, passes, self.teacher)])
+            self.seconds += time.time() - t
+        return self.known[units]
+
+    def __call__(self, units):
+        return float(self.items(units).mean())
+
+
+def block_influence(model, samples):
+    """1 - mean cosine of each block's input and output over the samples' tokens (ShortGPT's measure), list of n_layer."""
+    model.use()
+    total, n = torch.zeros(model.config.n_layer, dtype=torch.float64), 0
+    with torch.inference_mode():
+        for _, group in batches(samples, 2048):
+            p = model.begin_samples(group)
+            for l in range(model.config.n_layer):
+                q = model.step(l, p)
+                total[l] += F.cosine_similarity(p.x.float(), q.x.float(), dim=-1).double().sum().cpu()
+                p = q
+            n += len(p.x)
+    return (1 - total / n).tolist()
+
+
+def repair(units, total, top, rng, blocks=None):
+    """Clip to [0, top] with block 0 at 0, then move random blocks (of `blocks`) until the sum is exactly `total`."""
+    u = [0] + [min(max(round(v), 0), top) for v in units[1:]]
+    blocks = list(blocks or range(1, len(u)))
+    while (gap := total - sum(u)) != 0:
+        free = [l for l in blocks if (u[l] < top if gap > 0 else u[l] > 0)]
+        if not free:  # nothing left to move there: take them all
+            blocks = list(range(1, len(u)))
+            continue
+        l = rng.choice(free)
+        step = min(abs(gap), rng.randint(1, 50), top - u[l] if gap > 0 else u[l])
+        u[l] += step if gap > 0 else -step
+    return u
+
+
+def allocate(weights, total, top, rng):
+    """Thousandths proportional to `weights` (block 0 gets none), capped at `top`, the excess going to the others."""
+    u, free, left = [0.0] * len(weights), set(range(1, len(weights))), float(total)
+    while free:
+        scale = left / sum(weights[l] for l in free)
+        over = {l for l in free if weights[l] * scale > top}
+        for l in over or free:
+            u[l] = top if over else weights[l] * scale
+        left -= top * len(over)
+        free = free - over if over else set()
+    return repair(u, total, top, rng)
+
+
+def mutate(u, total, top, rng, largest):
+    """Move budget between two blocks, one to three times."""
+    u = list(u)
+    for _ in range(rng.choice((1, 1, 2, 3))):
+        a, b = rng.sample(range(1, len(u)), 2)
+        d = min(rng.randint(largest // 10, largest), u[a], top - u[b])
+        u[a], u[b] = u[a] - d, u[b] + d
+    return repair(u, total, top, rng)
+
+
+def crossover(a, b, total, top, rng):
+    """The first blocks of a, the last of b; only the latter are repaired, so that a's beginning is not run again."""
+    cut = rng.randint(1, len(a) - 1)
+    return repair(a[:cut] + b[cut:], total, top, rng, range(cut, len(a)))
+
+
+def evolve(fitness, watch, population, total, args, state_path, settings):
+    """Genetic search with elitism and tournaments; returns the best schedule in thousandths and the history.
+
+    Every generation is saved to state_path; with args.resume the search goes on from there, to the same result.
+    """
+    rng, top = random.Random(args.seed), round(args.max_sparsity * GRAIN)
+    generation, stale, spent, history, best = 0, 0, 0, [], None
+    if args.resume and state_path.exists():
+        s = load_json(state_path, "ftp-search-state-1", "--resume")
+        check(s["settings"] == settings, f"--resume: {state_path} belongs to a run with other settings; give them again, or drop --resume")
+        population, generation, stale, spent, history, best = (s[k] for k in ("population", "generation", "stale", "spent", "history", "best"))
+        a, b, c = s["rng"]
+        rng.setstate((a, tuple(b), c))
+        print(f"resuming at generation {generation}, {spent} evaluations done")
+    progress, t = bar(total=args.evaluations, initial=spent, desc="search", unit="eval"), time.time()
+    first = not history
+    while spent < args.evaluations and stale < args.patience:
+        if not first:
+            scored = sorted(population, key=fitness)
+            children = [list(u) for u in scored[:args.elite]]
+            def parent():
+                return min(rng.sample(scored, min(3, len(scored))), key=fitness)
+            seen = {tuple(u) for u in scored}
+            while len(children) < args.population:
+                child = crossover(parent(), parent(), total, top, rng) if rng.random() < args.crossover else list(parent())
+                child = mutate(child, total, top, rng, round(args.move * GRAIN))
+                if tuple(child) not in seen:
+                    seen.add(tuple(child))
+                    children.append(child)
+            population = children
+        first = False
+        for u in population:
+            if tuple(u) not in fitness.known:
+                fitness(u)
+                spent += 1
+                progress.update()
+        population.sort(key=fitness)
+        lead = population[0]
+        assert all(sum(u) == total and u[0] == 0 and max(u) <= top for u in population)
+        held = watch(lead)
+        stale = 0 if best is None or held < best["watch"] else stale + 1
+        if stale == 0:
+            best = {"units": lead, "fit": fitness(lead), "watch": held}
+        generation += 1
+        history.append({"generation": generation, "evaluations": spent, "fit": fitness(lead), "watch": held, "seconds": round(time.time() - t, 1)})
+        print(f"generation {generation:3d}  evaluations {spent:4d}  KL {fitness(lead):.4f}  watched {held:.4f}  best watched {best['watch']:.4f}"
+              f"  {60 * len(fitness.known) / max(fitness.seconds, 1e-9):.0f} candidates/min", flush=True)
+        a, b, c = rng.getstate()
+        save_json(state_path, {"format": "ftp-search-state-1", "settings": settings, "population": population, "generation": generation,
+                               "stale": stale, "spent": spent, "history": history, "best": best, "rng": [a, list(b), c]})
+    progress.close()
+    return best, history
+
+
+def work(fitness):
+    """What the search cost, for the artefact."""
+    return {"evaluations": len(fitness.known), "seconds": round(fitness.seconds, 1),
+            "candidates_per_minute": round(60 * len(fitness.known) / max(fitness.seconds, 1e-9), 1),
+            "tokens_per_second": round(fitness.tokens * len(fitness.known) / max(fitness.seconds, 1e-9)),
+            "block_evaluations_saved": round(1 - fitness.blocks_run / max(fitness.blocks_asked, 1), 3)}
+
+
+def search_flags(p, evaluations, move):
+    """Flags that stages 1 and 3 share."""
+    p.add_argument("--data", default="self", help='calibration: "self", an Alpaca-form .json/.jsonl, or a datasets id')
+    p.add_argument("--nsamples", type=int, default=16, help="samples that candidates are judged by")
+    p.add_argument("--nwatch", type=int, default=24, help="samples of the watched part")
+    p.add_argument("--max_prompt", type=int, default=512, help="longest prompt taken, tokens")
+    p.add_argument("--max_response", type=int, default=48, help="response tokens used")
+    p.add_argument("--max_sparsity", type=float, default=0.95, help="largest sparsity of a block")
+    p.add_argument("--evaluations", type=int, default=evaluations, help="candidates to evaluate")
+    p.add_argument("--population", type=int, default=12, help="candidates a generation")
+    p.add_argument("--elite", type=int, default=3, help="best candidates that live on")
+    p.add_argument("--crossover", type=float, default=0.3, help="share of children with two parents")
+    p.add_argument("--move", type=float, default=move, help="largest sparsity that a mutation moves between two blocks")
+    p.add_argument("--patience", type=int, default=8, help="generations without a better watched KL before stopping")
+    p.add_argument("--resume", action="store_true", help="go on from the last saved generation")
+    return p
+
+
+def check_flags(args):
+    for flag in ("nsamples", "nwatch", "evaluations", "patience", "max_response"):
+        check(getattr(args, flag) > 0, f"--{flag} {getattr(args, flag)}: must be at least 1")
+    check(args.population > args.elite > 0, f"--population {args.population} must be larger than --elite {args.elite}, and that at least 1")
+    check(0 < args.max_sparsity < 1, f"--max_sparsity {args.max_sparsity}: must lie between 0 and 1")
+    check(0 < args.move <= 1, f"--move {args.move}: must lie in (0, 1]")
+
+
+def data_pair(args, model, tokenizer):
+    """Samples to fit and samples to watch."""
+    kw = dict(max_prompt=args.max_prompt, max_response=args.max_response, seed=args.seed)
+    return (load_samples(args.data, model, tokenizer, "train", args.nsamples, **kw),
+            load_samples(args.data, model, tokenizer, "watch", args.nwatch, **kw))
+
+
+def main():
+    p = search_flags(Parser(__doc__).common(), evaluations=150, move=0.3)
+    p.add_argument("--sparsity", type=float, default=0.30, help="target: mean share of tokens that skip a block")
+    p.add_argument("--method", default="ga", choices=["ga", "uniform", "bi"], help="genetic search, or a plain allocation")
+    args = p.parse_args()
+    check_flags(args)
+    check(0 < args.sparsity < 1, f"--sparsity {args.sparsity}: must lie between 0 and 1")
+    model, config = start(args)
+    L, rng, out = model.config.n_layer, random.Random(args.seed), args.out_dir
+    total, top = round(args.sparsity * L * GRAIN), round(args.max_sparsity * GRAIN)
+    check(total <= top * (L - 1), f"--sparsity {args.sparsity}: out of reach with --max_sparsity {args.max_sparsity} and block 0 dense; lower it")
+    tokenizer = load_tokenizer(args.model)
+    fit, held = data_pair(args, model, tokenizer)
+    bi = block_influence(model, fit)
+    uniform, by_bi = allocate([1.0] * L, total, top, rng), allocate([1 / b for b in bi], total, top, rng)
+    fitness, watch = Fitness(model, fit), Fitness(model, held, max_entries=0)
+    history = []
+    if args.method == "ga":
+        mix = [repair([(a + b) / 2 for a, b in zip(uniform, by_bi)], total, top, rng)]
+        noise = [repair([v * rng.uniform(0.3, 1.7) for v in rng.choice((uniform, by_bi, mix[0]))], total, top, rng)
+                 for _ in range(args.population - 3)]
+        settings = {k: v for k, v in vars(args).items() if k not in ("resume", "evaluations", "threads", "out_dir")}
+        best, history = evolve(fitness, watch, [uniform, by_bi, *mix, *noise][:args.population], total, args,
+                               Path(out) / "search_state.json", settings)
+        units = best["units"]
+    else:
+        units = uniform if args.method == "uniform" else by_bi
+    kl, base = watch.items(units), watch.items(uniform)
+    diff = base - kl
+    print(f"watched KL: uniform {base.mean():.4f}, {args.method} {kl.mean():.4f}, difference {diff.mean():.4f} "
+          f"+- {diff.std() / len(diff) ** 0.5:.4f} (standard error over {len(diff)} samples)")
+    cost = work(fitness)
+    print(f"{cost['evaluations']} evaluations in {cost['seconds']} s: {cost['candidates_per_minute']} candidates/min, {cost['tokens_per_second']} "
+          f"calibration tokens/s, {100 * cost['block_evaluations_saved']:.0f} % of block evaluations shared")
+    s = Schedule([u / GRAIN for u in units], model.fingerprint)
+    s.meta = {**config, "method": args.method, "sparsity": args.sparsity, "block_influence": bi, "history": history, "work": cost,
+              "kl_fit": fitness(units), "kl_watch": float(kl.mean()), "kl_watch_uniform": float(base.mean())}
+    s.save(f"{out}/schedule.json")
+    print("  ".join(f"{l}:{v:.2f}" for l, v in enumerate(s.sparsity)))
+    print(f"mean {s.mean:.4f} -> {out}/schedule.json")
+
+
+if __name__ == "__main__":
+    run(main)

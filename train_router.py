@@ -1,0 +1,237 @@
+"""Stage 2: train the dynamic router, a 2-layer MLP on four factors, the LLM frozen.
+
+    python train_router.py --schedule out/schedule.json                          # -> out/router.safetensors, out/router.json
+    python train_router.py --inputs hidden --router_kind local --hinge           # the ablations of the paper
+    python train_router.py --model meta-llama/Llama-2-7b-hf --data tatsu-lab/alpaca --nsamples 2000 --steps 2000
+    python train_router.py --schedule out/schedule.json --resume                 # go on after an interruption
+
+    L = lambda_d KL(dense || routed) on response tokens  +  lambda_s |s_l - realised_l|  +  lambda_g(t) CE(static decisions)
+
+Decisions are hard in the forward pass (the same quotas as at inference) and straight-through in the backward pass.
+"""
+import random
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from common import Parser, bar, check, run, start
+from data import load_samples, load_tokenizer
+from model_ftp import FACTORS, FTPError, Router, Schedule, by_sample, kl_divergence, load_json, quota, response_rows, save_json
+
+
+def static_targets(p, s):
+    """The static router's decisions for the prompt rows of a pass, as the router's logits are ordered: 0 compute, 1 skip."""
+    k = torch.tensor([quota(t, s) for t in p.n_set]).to(p.seq.device)[p.seq]
+    return 1 - ((p.local > p.size - k) | p.ends).long()
+
+
+def warm_up(router, model, samples, steps, lr, rng):
+    """Guide loss alone: the router learns the static order from the factors of one pass, without running the LLM again."""
+    seen, optimizer = [], torch.optim.Adam(router.parameters(), lr)
+    schedule = model.schedule.sparsity
+    with torch.no_grad():
+        for sample in samples:
+            p, blocks = model.begin_samples([sample]), []
+            for l, s in enumerate(schedule):
+                if 0 < s < 1:
+                    blocks.append((l, router.factors(p, s)[p.in_set], static_targets(p, s)[p.in_set]))
+                p = model.step(l, p)
+            seen.append(blocks)
+    for _ in bar(range(steps), desc="guide", unit="step"):
+        memory, loss = None, 0.0
+        for l, f, target in rng.choice(seen):
+            logits, memory = router(l, f, memory)
+            loss = loss + F.cross_entropy(logits, target)
+        optimizer.zero_grad()
+        (loss / len(seen[0])).backward()
+        optimizer.step()
+    return float(loss.detach()) / len(seen[0])
+
+
+def losses(p, schedule, hinge):
+    """L_s and L_g of the decisions a pass made, each a mean over blocks; and the share argmax would skip."""
+    sparsity, guide, shares = [], [], []
+    for l, logits, _ in p.trace:
+        z, s = logits[p.in_set], schedule[l]
+        soft, hard = z.softmax(-1)[:, 1], (z[:, 1] >= z[:, 0]).float()
+        share = (hard + soft - soft.detach()).mean()       # straight-through share of skipped tokens, as argmax has it
+        sparsity.append((s - share).clamp(min=0) if hinge else (s - share).abs())
+        guide.append(F.cross_entropy(z, static_targets(p, s)[p.in_set]))
+        shares.append(share.detach())
+    return torch.stack(sparsity).mean(), torch.stack(guide).mean(), float(torch.stack(shares).mean())
+
+
+def routed_kl(model, samples, teacher, schedule, router, **routing):
+    """KL to the dense model of each sample, (samples,), on the path that inference runs."""
+    model.use(schedule, router, **routing)
+    states, owner = model.response_states(samples)
+    return by_sample(torch.cat([kl_divergence(model.logits(t), model.logits(s)) for t, s in zip(teacher.split(1024), states.split(1024))]), owner)
+
+
+def save_state(path, router, optimizer, step, best, history, settings):
+    """All a resumed run needs, as safetensors and JSON; the JSON last, it counts."""
+    tensors = {f"router.{k}": v for k, v in router.state_dict().items()}
+    tensors |= {f"best.{k}": v for k, v in best["state"].items()}
+    for i, q in enumerate(router.parameters()):
+        tensors |= {f"adam.{i}.{k}": v for k, v in optimizer.state[q].items()}
+    name = f"train_state_{step}.safetensors"
+    save_file({k: v.detach().clone().contiguous() for k, v in {**tensors, "rng": torch.get_rng_state()}.items()}, path.with_name(name))
+    save_json(path, {"format": "ftp-train-state-1", "settings": settings, "step": step, "history": history, "tensors": name,
+                     "best": {k: v for k, v in best.items() if k != "state"}})
+    for old in path.parent.glob("train_state_*.safetensors"):
+        if old.name != name:
+            old.unlink()
+
+
+def load_state(path, router, optimizer, settings):
+    s = load_json(path, "ftp-train-state-1", "--resume")
+    check(s["settings"] == settings, f"--resume: {path} belongs to a run with other settings; give them again, or drop --resume")
+    try:
+        t = load_file(path.with_name(s["tensors"]))
+    except (OSError, SafetensorError) as e:
+        raise FTPError(f"--resume: {s['tensors']} is damaged ({e}); start again without --resume") from None
+    part = lambda head: {k.removeprefix(head): v for k, v in t.items() if k.startswith(head)}
+    router.load_state_dict(part("router."))
+    for i, q in enumerate(router.parameters()):
+        optimizer.state[q] = part(f"adam.{i}.")
+    torch.set_rng_state(t["rng"])
+    return s["step"], {**s["best"], "state": part("best.")}, s["history"]
+
+
+def main():
+    p = Parser(__doc__).common().routing()
+    p.add_argument("--schedule", default="out/schedule.json", help="schedule of stage 1")
+    p.add_argument("--data", default="self", help='training samples: "self", an Alpaca-form .json/.jsonl, or a datasets id')
+    p.add_argument("--nsamples", type=int, default=None, help="samples to train on, default all of the training part")
+    p.add_argument("--nwatch", type=int, default=32, help="samples that choose the best step")
+    p.add_argument("--max_prompt", type=int, default=512, help="longest prompt taken, tokens")
+    p.add_argument("--max_response", type=int, default=48, help="response tokens used")
+    p.add_argument("--inputs", default=",".join(FACTORS), help="inputs of the router, of position,score,rank,sparsity,hidden")
+    p.add_argument("--router_kind", default="global", choices=Router.KINDS, help="one router for all blocks, one each, or recurrent over blocks")
+    p.add_argument("--width", type=int, default=64, help="hidden width")
+    p.add_argument("--score", default="16", help="attention score from the last W prompt queries, or mean over all (paper-like)")
+    p.add_argument("--steps", type=int, default=160, help="training steps")
+    p.add_argument("--batch_size", type=int, default=1, help="samples a step")
+    p.add_argument("--lr", type=float, default=5e-3, help="learning rate, falling to a tenth by a cosine")
+    p.add_argument("--warmup", type=int, default=400, help="steps of the guide loss alone, without the LLM")
+    p.add_argument("--lambda_d", type=float, default=1.0, help="weight of the distillation loss")
+    p.add_argument("--lambda_s", type=float, default=1.0, help="weight of the sparsity loss")
+    p.add_argument("--lambda_g", type=float, default=0.1, help="weight of the guide loss at the start")
+    p.add_argument("--guide_until", type=float, default=0.5, help="share of the steps after which the guide loss has decayed to 0")
+    p.add_argument("--hinge", action="store_true", help="the paper's one-sided sparsity loss")
+    p.add_argument("--distill", default="kl", choices=["kl", "mse"], help="distil the next-token distribution or the last hidden state")
+    p.add_argument("--decode_share", type=float, default=0.25, help="share of steps whose response tokens are routed too")
+    p.add_argument("--gumbel", type=float, default=0.0, help="temperature of Gumbel noise on training decisions, 0: none")
+    p.add_argument("--eval_every", type=int, default=20, help="steps between looks at the watched samples")
+    p.add_argument("--resume", action="store_true", help="go on from the last saved step")
+    args = p.parse_args()
+    for flag in ("steps", "batch_size", "nwatch", "width", "eval_every", "lr"):
+        check(getattr(args, flag) > 0, f"--{flag} {getattr(args, flag)}: must be positive")
+    check(args.score == "mean" or args.score.isdigit() and int(args.score) > 0, f"--score {args.score}: give a number of queries, or mean")
+    schedule = Schedule.load(args.schedule)
+    model, config = start(args)
+    tokenizer, out = load_tokenizer(args.model), Path(args.out_dir)
+    kw = dict(max_prompt=args.max_prompt, max_response=args.max_response, seed=args.seed)
+    samples = load_samples(args.data, model, tokenizer, "train", args.nsamples, **kw)
+    held = load_samples(args.data, model, tokenizer, "watch", args.nwatch, **kw)
+    routing = dict(prefill=args.prefill, kv=args.kv, one_pass=args.one_pass)
+    router = Router(model.config, model.fingerprint, args.router_kind, tuple(args.inputs.split(",")), args.width,
+                    args.score if args.score == "mean" else int(args.score)).to(model.device)
+    model.use(schedule, router, **routing)
+
+    t = time.time()
+    model.use()
+    teacher, owner = model.response_states(samples)                  # what the frozen teacher gives, once
+    teacher = [teacher[owner == i] for i in range(len(samples))]
+    held_teacher, _ = model.response_states(held)
+    static = routed_kl(model, held, held_teacher, schedule, "static", decode="dense", kv=args.kv)
+    print(f"{len(samples)} training samples, {sum(map(len, teacher))} response tokens; teacher ran in {time.time() - t:.0f} s; "
+          f"watched KL with the static router {static.mean():.4f}", flush=True)
+
+    optimizer = torch.optim.Adam(router.parameters(), args.lr)
+    settings = {k: v for k, v in vars(args).items() if k not in ("resume", "threads", "out_dir")} | {"schedule_id": schedule.id}
+    state_path, step, history, best = out / "train_state.json", 0, [], None
+    if args.resume and state_path.exists():
+        step, best, history = load_state(state_path, router, optimizer, settings)
+        print(f"resuming at step {step}")
+    else:
+        model.use(schedule, router, **routing, decode="dense")
+        guide = warm_up(router, model, samples[:32], args.warmup, args.lr, random.Random(args.seed)) if args.warmup else float("nan")
+        print(f"guide warm-up: cross-entropy {guide:.4f} after {args.warmup} steps", flush=True)
+
+    def look(step, loss):
+        nonlocal best
+        kl = routed_kl(model, held, held_teacher, schedule, router, decode="dense", **routing)
+        entry = {"step": step, **loss, "watch_kl": float(kl.mean()), "watch_sparsity": model.stats.mean("prefill")}
+        history.append(entry)
+        if best is None or entry["watch_kl"] < best["watch_kl"]:
+            best = {"step": step, "watch_kl": entry["watch_kl"], "state": {k: v.detach().clone() for k, v in router.state_dict().items()}}
+        print(f"step {step:4d}  " + "  ".join(f"{k} {v:.4f}" for k, v in loss.items())
+              + f"  watched KL {entry['watch_kl']:.4f}  realised sparsity {entry['watch_sparsity']:.4f}", flush=True)
+
+    if best is None:
+        look(0, {})
+    progress, began, first, mean = bar(total=args.steps, initial=step, desc="router", unit="step"), time.time(), step, {}
+    tokens = 0
+    while step < args.steps:
+        rng = random.Random(f"{args.seed}-{step}")
+        picks = [rng.randrange(len(samples)) for _ in range(args.batch_size)]
+        group = [samples[i] for i in picks]
+        for g in optimizer.param_groups:
+            g["lr"] = args.lr * (0.55 + 0.45 * torch.cos(torch.tensor(step / args.steps * torch.pi)).item())
+        guide = args.lambda_g * max(0.0, 1 - step / (args.guide_until * args.steps)) if args.guide_until else 0.0
+        decode = "threshold" if rng.random() < args.decode_share else "dense"
+        model.use(schedule, router, **routing, decode="dense")
+        if decode == "threshold":
+            model.decode, model.aim, model.thresholds = decode, schedule.sparsity, [0.0] * len(schedule.sparsity)
+        q = model.begin_samples(group)
+        for l in range(model.config.n_layer):
+            q = model.step(l, q, masked=True, noise=args.gumbel)
+        student, want = q.x[response_rows(group)[0]], torch.cat([teacher[i] for i in picks])
+        if args.distill == "kl":
+            with torch.no_grad():
+                aim = model.logits(want)
+            l_d = kl_divergence(aim, model.logits(student)).mean()
+        else:
+            l_d = F.mse_loss(model.norm(student).float(), model.norm(want).float())
+        l_s, l_g, share = losses(q, schedule.sparsity, args.hinge)
+        optimizer.zero_grad()
+        (args.lambda_d * l_d + args.lambda_s * l_s + guide * l_g).backward()
+        torch.nn.utils.clip_grad_norm_(router.parameters(), 1.0)
+        optimizer.step()
+        tokens += len(q.x)
+        step += 1
+        progress.update()
+        for k, v in (("L_d" if decode == "dense" else "L_d_decode", l_d), ("L_s", l_s), ("L_g", l_g), ("argmax_sparsity", torch.tensor(share))):
+            mean[k] = mean.get(k, []) + [v.item()]
+        if step % args.eval_every == 0 or step == args.steps:
+            look(step, {k: sum(v) / len(v) for k, v in mean.items()})
+            mean = {}
+            out.mkdir(parents=True, exist_ok=True)
+            save_state(state_path, router, optimizer, step, best, history, settings)
+    progress.close()
+    seconds = time.time() - began
+    router.load_state_dict(best["state"])
+    model.use(schedule, router, **routing)
+    kl = routed_kl(model, held, held_teacher, schedule, router, decode="dense", **routing)
+    realised, diff = model.stats.mean("prefill"), static - kl
+    model.use(schedule, router, **routing)
+    thresholds = model.calibrate_decode(samples[:64])
+    routed_kl(model, held, held_teacher, schedule, router, decode="dense", **routing)
+    rate = (step - first) / max(seconds, 1e-9) * 60
+    router.meta = {**config, "schedule_id": schedule.id, "decode_threshold": thresholds, "best_step": best["step"], "history": history,
+                   "kl_watch": float(kl.mean()), "kl_watch_static": float(static.mean()), "realised_sparsity": realised,
+                   "work": {"steps": step, "steps_per_minute": round(rate, 1), "tokens": tokens, "seconds": round(seconds, 1)}}
+    router.save(out / "router.safetensors")
+    print(f"watched KL: static {static.mean():.4f}, router {kl.mean():.4f} (step {best['step']}), difference {diff.mean():.4f} +- "
+          f"{diff.std() / len(diff) ** 0.5:.4f} (standard error over {len(diff)} samples); {rate:.0f} steps/min")
+    print(f"realised prefill sparsity {realised:.4f} (target {schedule.mean:.4f}); {sum(q.numel() for q in router.parameters())} parameters "
+          f"-> {out}/router.safetensors")
+
+
+if __name__ == "__main__":
+    run(main)
