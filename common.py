@@ -25,13 +25,13 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         sys.exit(complain(message))
 
-    def common(self, out_dir="out"):
+    def common(self, out_dir="out", dtype="auto"):
         """The flags that mean the same in every script."""
         self.add_argument("--model", default="smollm2", help="smollm2 (after prepare.py), a Hugging Face folder, or a hub id")
         self.add_argument("--out_dir", default=out_dir, help="folder of the artefacts")
         self.add_argument("--seed", type=int, default=0, help="seed of everything random")
         self.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, ...")
-        self.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"],
+        self.add_argument("--dtype", default=dtype, choices=["auto", "float32", "bfloat16", "float16"],
                           help="auto: bfloat16 where the device computes in it, else float32")
         self.add_argument("--threads", type=int, default=0, help="CPU threads, 0: all cores")
         return self
@@ -62,6 +62,7 @@ def run(main):
 
 
 def check(ok, message):
+    """FTPError with `message` unless ok."""
     if not ok:
         raise FTPError(message)
 
@@ -95,8 +96,18 @@ def cpu_name():
         return platform.processor()
 
 
-def start(args, dtype=None):
-    """Seeds, threads, banner; loads the model. Returns model, config dict to store with the artefact."""
+def versions(device, dtype, why="asked for"):
+    """What produced an artefact, printed as a banner."""
+    info = {"torch": torch.__version__, "transformers": transformers.__version__, "python": platform.python_version(),
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{cpu_name()}, {torch.get_num_threads()} threads",
+            "dtype": str(dtype).removeprefix("torch."), "dtype_reason": why, "commit": commit(),
+            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")}
+    print(" | ".join(f"{k} {v}" for k, v in info.items()))
+    return info
+
+
+def start(args, build=None):
+    """Seeds, threads, banner, and the model: loaded from args.model, or build(dtype, device). Returns it with the config to store."""
     device = torch.device(args.device)
     check(device.type != "cuda" or torch.cuda.is_available(), f"--device {args.device}: no CUDA here; give --device cpu")
     if args.threads:
@@ -104,15 +115,11 @@ def start(args, dtype=None):
     random.seed(args.seed)
     np.random.seed(args.seed)
     torch.manual_seed(args.seed)
-    dtype, why = pick_dtype(dtype or args.dtype, device)
-    info = {"torch": torch.__version__, "transformers": transformers.__version__, "python": platform.python_version(),
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{cpu_name()}, {torch.get_num_threads()} threads",
-            "dtype": str(dtype).removeprefix("torch."), "dtype_reason": why, "commit": commit(),
-            "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")}
-    print(" | ".join(f"{k} {v}" for k, v in info.items()))
+    dtype, why = pick_dtype(args.dtype, device)
+    info = versions(device, dtype, why)
     print(" ".join(f"{k}={v}" for k, v in vars(args).items()), flush=True)
-    model = FTPModel.from_pretrained(args.model, dtype=dtype, device=device)
-    return model, {**info, "settings": vars(args), "model": args.model, "fingerprint": model.fingerprint}
+    model = build(dtype, device) if build else FTPModel.from_pretrained(args.model, dtype=dtype, device=device)
+    return model, {**info, "settings": vars(args), "model": model.name, "fingerprint": model.fingerprint}
 
 
 def bar(it=None, **kw):

@@ -31,16 +31,17 @@ def read_rows(path, flag="--data"):
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as e:
         raise FTPError(f"{flag}: {path} can't be read as UTF-8 text ({e}); give an existing .jsonl, .json or .txt file") from None
-    rows, start = [], 1
+    rows, line_no = [], 0
     try:
         if path.suffix == ".json":
             rows = json.loads(text)
         else:
-            for start, line in enumerate(text.splitlines(), 1):
+            for line in text.splitlines():
+                line_no += 1
                 if line.strip():
                     rows.append(json.loads(line))
     except ValueError as e:
-        raise FTPError(f"{flag}: {path} line {start} is not JSON ({e}); mend or remove it") from None
+        raise FTPError(f"{flag}: {path} line {line_no} is not JSON ({e}); mend or remove it") from None
     check(isinstance(rows, list) and all(isinstance(r, dict) for r in rows), f"{flag}: {path} must hold JSON objects")
     check(rows, f"{flag}: {path} is empty; give a file with items")
     return rows
@@ -115,16 +116,18 @@ def load_samples(data, model, tokenizer, split="train", nsamples=None, max_promp
 # text
 
 def load_text(spec, flag="--text"):
-    """A text: a .txt file as it is (WikiText lines joined the usual way), the "text" fields of .jsonl, or a `datasets` id
-    as owner/name[:config[:split]]."""
+    """A text: "self" (the held-out prompts' passages), a .txt file (WikiText lines joined the usual way), the "text" fields of
+    a .jsonl, or a `datasets` id as owner/name[:config[:split]]."""
     path = Path(spec)
+    if spec == "self":
+        return "\n\n".join(r["input"] for i, r in enumerate(read_rows(PROMPTS)) if i % 4 in SPLITS["heldout"] and r["input"])
     if path.exists():
         if path.suffix == ".txt":
             lines = path.read_text(encoding="utf-8").split("\n")
             check(any(s.strip() for s in lines), f"{flag}: {path} is empty; give a file with text")
             # WikiText's raw form keeps blank lines as " ": the field joins its rows by an empty line
             if "wiki" in path.name:
-                return "\n\n".join("" if not s.strip() else s + "\n" for s in lines[:-1] if s is not None)
+                return "\n\n".join("" if not s.strip() else s + "\n" for s in lines[:-1])
             return "\n".join(lines)
         rows = read_rows(path, flag)
     else:

@@ -26,6 +26,8 @@ from safetensors.torch import save_file
 
 HOME = Path(os.environ.get("FTP_HOME", Path(__file__).resolve().parent / "models"))  # where "smollm2" lies
 FACTORS = ("position", "score", "rank", "sparsity")  # the paper's four inputs of the router
+INPUTS = {"position": 3, "place": 1, "score": 1, "rank": 1, "sparsity": 1}  # numbers each enters with; "hidden" has hidden_size
+NEAR = 64  # tokens within which the absolute distance to a prompt's start and end is told apart
 
 
 class FTPError(ValueError):
@@ -230,22 +232,21 @@ class Router(nn.Module):
     """2-layer MLP, inputs -> hidden -> 2 logits (compute, skip), shared by all blocks (method section 4).
 
     kind: "global" one MLP for all blocks, "local" one each, "recurrent" a global one whose hidden layer also
-    sees its value at the previous block. inputs: any of FACTORS, and/or "hidden" (the RMS-normalised state).
+    sees its value at the previous block. inputs: any of FACTORS, "place" (position as one number), "hidden" (normalised state).
     meta["decode_threshold"] and meta["schedule_id"] belong together, as in Schedule.
     """
     KINDS = ("global", "local", "recurrent")
 
     def __init__(self, config, fingerprint, kind="global", inputs=FACTORS, width=64, score=16, meta=None):
         super().__init__()
-        bad = [i for i in inputs if i not in FACTORS + ("hidden",)]
-        if kind not in self.KINDS or bad or not inputs:
-            raise FTPError(f"--router_kind {kind} / --inputs {list(inputs)}: kinds are {self.KINDS}, "
-                           f"inputs {FACTORS + ('hidden',)}")
+        if kind not in self.KINDS or not inputs or any(i not in (*INPUTS, "hidden") for i in inputs):
+            raise FTPError(f"--router_kind {kind} --inputs {','.join(inputs)}: kinds are {', '.join(self.KINDS)}; "
+                           f"inputs {', '.join(INPUTS)}, hidden")
         self.kind, self.inputs, self.width, self.score, self.meta = kind, tuple(inputs), width, score, meta or {}
         self.fingerprint, self.n_layer, self.hidden_size = fingerprint, config.n_layer, config.hidden_size
         n, g = self.n_inputs, config.n_layer if kind == "local" else 1
-        self.w1 = nn.Parameter(torch.randn(g, n, width) / math.sqrt(n))
-        self.b1 = nn.Parameter(torch.zeros(g, width))
+        self.w1 = nn.Parameter(4 * torch.randn(g, n, width))
+        self.b1 = nn.Parameter(-(self.w1.detach() * torch.rand(g, n, width)).sum(1))  # kinks spread over the inputs' range, [0, 1]
         self.w2 = nn.Parameter(torch.randn(g, width, 2) / math.sqrt(width))
         self.b2 = nn.Parameter(torch.tensor([[1.0, 0.0]]).repeat(g, 1))  # starts near dense
         if kind == "recurrent":
@@ -253,7 +254,7 @@ class Router(nn.Module):
 
     @property
     def n_inputs(self):
-        return sum(self.hidden_size if i == "hidden" else 1 for i in self.inputs)
+        return sum(self.hidden_size if i == "hidden" else INPUTS[i] for i in self.inputs)
 
     @property
     def id(self):
@@ -274,11 +275,15 @@ class Router(nn.Module):
         return z @ self.w2[g] + self.b2[g], h
 
     def factors(self, p, s):
-        """The inputs (N, n_inputs) float32 for the tokens of a Pass at a block of sparsity s, each scaled to [0, 1] whatever
-        the length; "hidden" is the state scaled to unit RMS."""
-        one = {"position": p.place, "score": p.score, "rank": p.rank, "sparsity": torch.full_like(p.place, s)}
-        return torch.cat([F.rms_norm(p.x.detach().float(), p.x.shape[1:]) if i == "hidden" else one[i][:, None]
-                          for i in self.inputs], 1)
+        """The inputs (N, n_inputs) float32 for the tokens of a Pass at a block of sparsity s, each scaled to [0, 1] whatever the
+        length. Position: place in the prompt (0 first, 1 newest), and distance to its start and end in units of NEAR tokens, at
+        most 1. score: relative_score; rank: share of tokens with a lower one. "hidden": the state scaled to unit RMS."""
+        near = lambda d: (d / NEAR).clamp(0, 1)[:, None]
+        place = p.place[:, None]
+        give = {"position": lambda: torch.cat((place, near(p.pos), near(p.size - 1 - p.local)), 1), "place": lambda: place,
+                "score": lambda: p.score[:, None], "rank": lambda: p.rank[:, None], "sparsity": lambda: torch.full_like(place, s),
+                "hidden": lambda: F.rms_norm(p.x.detach().float(), p.x.shape[1:])}
+        return torch.cat([give[i]() for i in self.inputs], 1)
 
     def flops(self, tokens):
         n = self.n_inputs + (self.width if self.kind == "recurrent" else 0)
@@ -390,7 +395,7 @@ class Pass:
         self.ends = self.in_set & ((self.local == 0) | (self.local == self.size - 1))   # always kept
         self.score, self.rank = torch.zeros_like(self.place), torch.zeros_like(self.place)
         self.memory = None                            # hidden layer of a recurrent router
-        self.trace = []                               # in training: (block, router logits, decisions)
+        self.trace = []                               # in training: (sparsity, router logits, Pass) a decision
 
     def next(self, **changed):
         new = copy.copy(self)
@@ -429,6 +434,19 @@ def attention_probs(q, k, last):
     w = q.reshape(b, Q, -1, g, D).permute(0, 2, 3, 1, 4) @ k.permute(0, 2, 3, 1).unsqueeze(2)   # (b, Hkv, g, Q, K)
     seen = torch.arange(k.shape[1], device=q.device) <= last[:, None, None, :, None]
     return (w.float() * D ** -0.5).masked_fill(~seen, -torch.inf).softmax(-1).mean((1, 2))
+
+
+def by_quota(p, margin, s):
+    """The quota(T, s) tokens of each prompt with the largest margin (N,), first and last always among them -> mask (N,),
+    and the smallest margin kept in each token's prompt (N,)."""
+    m = margin.detach().masked_fill(p.ends, torch.inf)
+    mask, least = torch.zeros_like(p.in_set), torch.zeros_like(m)
+    for f, b, (n, size) in runs(p.n, p.n_set):
+        these = slice(p.start[f], p.start[f] + b * n)
+        top = m[these].view(b, n)[:, :size].topk(quota(size, s), 1)
+        mask[these].view(b, n).scatter_(1, top.indices, True)
+        least[these].view(b, n)[:, :size] = top.values[:, -1:].clamp(max=1e4)
+    return mask, least
 
 
 def relative_score(p, keys):
@@ -515,7 +533,8 @@ class Block(nn.Module):
         else:
             att = self.attend(keep, q, k, v, stored, at)
             if score is not None:
-                p = self.observe(p, keep, q, k, stored, at, score)
+                with torch.profiler.record_function("ftp_routing"):
+                    p = self.observe(p, keep, q, k, stored, at, score)
         h = self.rest(h, att)
         return p.next(x=h if rows is None else x.index_copy(0, rows, h))
 
@@ -722,23 +741,23 @@ class FTPModel(nn.Module):
 
     # -- routing
 
-    def use(self, schedule=None, router="static", *, prefill="topk", decode=None, kv="drop", one_pass=False, score=None,
+    def use(self, schedule=None, router="static", *, prefill="topk", decode="dense", kv="drop", one_pass=False, score=None,
             seed=0):
         """Set how tokens are routed from now on; use() alone goes back to dense. Returns self.
 
-        schedule: Schedule or path. router: Router or path, or "static" (position only), "random", "attention" (by score).
+        schedule: Schedule or path. router: Router or path, "static" (position only), "random", "attention" (by score), or any
+        function (Pass, s) -> (N,) whose largest values are kept.
         prefill: "topk" (each block keeps its quota) or "argmax" (the router's own decision, as in the paper).
-        decode: "threshold" (calibrated), "dense", "rule" (the paper's: skip blocks with s > 0.5); default is the
-        threshold where one is stored for this schedule and router, else dense. kv: "drop" or "keep" the K/V of skipped
+        decode: "dense", "threshold" (calibrated), or "rule" (the paper's: skip blocks with s > 0.5). kv: "drop" or "keep" the K/V of skipped
         tokens. one_pass: decide all blocks from the scores of block 0. score: window W or "mean" (default: the router's).
         """
         schedule = Schedule.load(schedule) if isinstance(schedule, (str, Path)) else schedule
         if isinstance(router, (str, Path)) and router not in ("static", "random", "attention"):
             router = Router.load(router)
         for flag, value, known in (("--prefill", prefill, ("topk", "argmax")), ("--kv", kv, ("drop", "keep")),
-                                   ("--decode", decode, (None, "threshold", "dense", "rule"))):
+                                   ("--decode", decode, ("dense", "threshold", "rule"))):
             if value not in known:
-                raise FTPError(f"{flag} {value}: unknown; choose from {[k for k in known if k]}")
+                raise FTPError(f"{flag} {value}: unknown; choose from {', '.join(known)}")
         learned = isinstance(router, Router)
         thresholds = None
         if schedule is not None:
@@ -759,8 +778,7 @@ class FTPModel(nn.Module):
                            "or --decode dense")
         self.__dict__["router"] = router  # past nn.Module: the router is no part of the frozen model's parameters
         self.schedule, self.prefill, self.kv, self.one_pass = schedule, prefill, kv, one_pass
-        self.decode = decode or ("threshold" if thresholds else "dense")
-        self.thresholds, self.score_window = thresholds, score or (router.score if learned else 16)
+        self.decode, self.thresholds, self.score_window = decode, thresholds, score or (router.score if learned else 16)
         self.aim = None          # while calibrating or training: the share of decoded tokens that skips each block
         self._random = torch.Generator().manual_seed(seed)
         self.stats = Stats(self.config.n_layer)
@@ -770,15 +788,15 @@ class FTPModel(nn.Module):
         """Whether a decision after block l uses the attention scores that block l can give."""
         if self.schedule is None or self.router in ("static", "random") or (self.one_pass and l > 0):
             return False
-        uses = self.router == "attention" or {"score", "rank"} & set(self.router.inputs)
+        uses = {"score", "rank"} & set(self.router.inputs) if isinstance(self.router, Router) else True
         return bool(uses) and any(0 < s < 1 for s in self.schedule.sparsity[l + 1:])
 
     def margins(self, l, p, s):
-        """The router's preference for computing block l, (N,) float32, with its logits (N, 2) if it has any -> and Pass."""
+        """The router's preference for computing block l, (N,) float32, its logits (N, 2) if it is learned, and the Pass."""
         if self.router == "random":
             return torch.rand(len(p.x), generator=self._random).to(p.x.device), None, p
-        if self.router == "attention":
-            return p.score, None, p
+        if not isinstance(self.router, Router):
+            return (p.score if self.router == "attention" else self.router(p, s)), None, p
         logits, memory = self.router(l, self.router.factors(p, s), p.memory)
         return logits[:, 0] - logits[:, 1], logits, p.next(memory=memory)
 
@@ -797,7 +815,7 @@ class FTPModel(nn.Module):
             margin, logits, p = self.margins(l, p, s)
             if noise:
                 u = torch.rand_like(margin).clamp(1e-6, 1 - 1e-6)
-                margin = margin + noise * (u.log() - (1 - u).log())  # difference of two Gumbel draws
+                margin = margin + noise * (u.log() - (1 - u).log())   # difference of two Gumbel draws
         # decoded tokens, each by itself
         theta, compute = 0.0, self.decode == "dense" or s <= 0.5
         if by_threshold:
@@ -815,12 +833,8 @@ class FTPModel(nn.Module):
             k = torch.tensor([quota(t, s) for t in p.n_set]).to(p.seq.device)[p.seq]
             mask = mask | (p.in_set & (p.local > p.size - k)) | p.ends
         elif p.any_set:
-            m, mask = margin.detach().masked_fill(p.ends, torch.inf), mask.clone()
-            for f, b, (n, size) in runs(p.n, p.n_set):
-                these = slice(p.start[f], p.start[f] + b * n)
-                top = m[these].view(b, n)[:, :size].topk(quota(size, s), 1)
-                mask[these].view(b, n).scatter_(1, top.indices, True)
-                tau[these].view(b, n)[:, :size] = top.values[:, -1:].clamp(max=1e4)
+            chosen, tau = by_quota(p, margin, s)
+            mask = mask | chosen
         # how many: known beforehand for quotas, else only the device knows
         if self.prefill == "argmax" and p.any_set or by_threshold:
             count = torch.zeros(2, len(p.n), device=mask.device).index_add(1, p.seq, torch.stack((mask, mask & p.in_set)).float())
@@ -833,7 +847,7 @@ class FTPModel(nn.Module):
             free = p.in_set & ~p.ends if not by_threshold else ~p.ends
             soft = torch.sigmoid(margin - tau)
             gate = mask + torch.where(free, soft - soft.detach(), 0.0)
-            p.trace.append((l, logits, mask))
+            p.trace.append((s, logits, p))
         return Keep(torch.nonzero_static(mask, size=int(counts.sum()))[:, 0], counts, set_counts, mask, gate), p
 
     def calibrate_decode(self, samples, sparsity=None):
@@ -874,7 +888,8 @@ class FTPModel(nn.Module):
 
     def step(self, l, p, masked=False, noise=None):
         """Route and run block l: Pass -> Pass."""
-        keep, p = self.route(l, p, noise)
+        with torch.profiler.record_function("ftp_routing"):
+            keep, p = self.route(l, p, noise)
         self.count(l, p, keep)
         if self.schedule and self.schedule.sparsity[l] >= 1:
             return p
@@ -923,21 +938,21 @@ class FTPModel(nn.Module):
                 p = self.step(l, p, masked)
             return self.logits(p.x if rows is None else p.x[rows])
 
-    def response_states(self, samples, max_tokens=2048):
+    def response_states(self, samples, max_tokens=2048, joint=False):
         """Last hidden states (R, d) of the rows that predict the responses of [(prompt ids, response ids)], and the sample of
-        each row (R,): the quantity that teacher and routed model are compared by. Prompts are routed as sets."""
+        each row (R,): the quantity that teacher and routed model are compared by. joint routes the responses with their prompts."""
         states, owner = [], []
         with torch.inference_mode():
             for first, group in batches(samples, max_tokens):
-                p, (rows, whose) = self.begin_samples(group), response_rows(group)
+                p, (rows, whose) = self.begin_samples(group, joint), response_rows(group)
                 for l in range(self.config.n_layer):
                     p = self.step(l, p)
                 states.append(p.x[rows])
                 owner.append(whose + first)
         return torch.cat(states), torch.cat(owner)
 
-    def begin_samples(self, samples):
-        return self.begin([a + b for a, b in samples], [len(a) for a, _ in samples])
+    def begin_samples(self, samples, joint=False):
+        return self.begin([a + b for a, b in samples], [len(a) + len(b) * joint for a, b in samples])
 
     def forward(self, input_ids, n_prompt=None, masked=False):
         """input_ids (B, T) int64 -> logits (B, T, vocab). The first n_prompt tokens (default: all T) are routed as a set,

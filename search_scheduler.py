@@ -109,7 +109,7 @@ def mutate(u, total, top, rng, largest):
     u = list(u)
     for _ in range(rng.choice((1, 1, 2, 3))):
         a, b = rng.sample(range(1, len(u)), 2)
-        d = min(rng.randint(largest // 10, largest), u[a], top - u[b])
+        d = min(round(largest * 20 ** -rng.random()), u[a], top - u[b])
         u[a], u[b] = u[a] - d, u[b] + d
     return repair(u, total, top, rng)
 
@@ -145,7 +145,7 @@ def evolve(fitness, watch, population, total, args, state_path, settings):
             seen = {tuple(u) for u in scored}
             while len(children) < args.population:
                 child = crossover(parent(), parent(), total, top, rng) if rng.random() < args.crossover else list(parent())
-                child = mutate(child, total, top, rng, round(args.move * GRAIN))
+                child = mutate(child, total, top, rng, args.move * GRAIN)
                 if tuple(child) not in seen:
                     seen.add(tuple(child))
                     children.append(child)
@@ -185,7 +185,7 @@ def work(fitness):
 def search_flags(p, evaluations, move):
     """Flags that stages 1 and 3 share."""
     p.add_argument("--data", default="self", help='calibration: "self", an Alpaca-form .json/.jsonl, or a datasets id')
-    p.add_argument("--nsamples", type=int, default=16, help="samples that candidates are judged by")
+    p.add_argument("--nsamples", type=int, default=20, help="samples that candidates are judged by")
     p.add_argument("--nwatch", type=int, default=24, help="samples of the watched part")
     p.add_argument("--max_prompt", type=int, default=512, help="longest prompt taken, tokens")
     p.add_argument("--max_response", type=int, default=48, help="response tokens used")
@@ -195,7 +195,7 @@ def search_flags(p, evaluations, move):
     p.add_argument("--elite", type=int, default=3, help="best candidates that live on")
     p.add_argument("--crossover", type=float, default=0.3, help="share of children with two parents")
     p.add_argument("--move", type=float, default=move, help="largest sparsity that a mutation moves between two blocks")
-    p.add_argument("--patience", type=int, default=8, help="generations without a better watched KL before stopping")
+    p.add_argument("--patience", type=int, default=5, help="generations without a better watched KL before stopping")
     p.add_argument("--resume", action="store_true", help="go on from the last saved generation")
     return p
 
@@ -233,11 +233,13 @@ def main():
     fitness, watch = Fitness(model, fit), Fitness(model, held, max_entries=0)
     history = []
     if args.method == "ga":
-        mix = [repair([(a + b) / 2 for a, b in zip(uniform, by_bi)], total, top, rng)]
-        noise = [repair([v * rng.uniform(0.3, 1.7) for v in rng.choice((uniform, by_bi, mix[0]))], total, top, rng)
-                 for _ in range(args.population - 3)]
+        known = [uniform, by_bi] + [allocate([1 + slope * l / L for l in range(L)], total, top, rng) for slope in (0.2, 0.5, 2.0)]
+        known.append(repair([(a + b) / 2 for a, b in zip(uniform, by_bi)], total, top, rng))
+        noise = [repair([v * rng.uniform(1 - a, 1 + a) for v in rng.choice(known)], total, top, rng)
+                 for a in (0.1, 0.3, 0.7) for _ in range(args.population)]
+        rng.shuffle(noise)
         settings = {k: v for k, v in vars(args).items() if k not in ("resume", "evaluations", "threads", "out_dir")}
-        best, history = evolve(fitness, watch, [uniform, by_bi, *mix, *noise][:args.population], total, args,
+        best, history = evolve(fitness, watch, (known + noise)[:args.population], total, args,
                                Path(out) / "search_state.json", settings)
         units = best["units"]
     else:

@@ -1,4 +1,4 @@
-"""Stage 2: train the dynamic router, a 2-layer MLP on four factors, the LLM frozen.
+"""Stage 2: train the dynamic router, a 2-layer MLP on four factors; the LLM stays frozen.
 
     python train_router.py --schedule out/schedule.json                          # -> out/router.safetensors, out/router.json
     python train_router.py --inputs hidden --router_kind local --hinge           # the ablations of the paper
@@ -7,6 +7,8 @@
 
     L = lambda_d KL(dense || routed) on response tokens  +  lambda_s |s_l - realised_l|  +  lambda_g(t) CE(static decisions)
 
+The guide is a keeping order by position and score. The paper's is {first, newest ... oldest} (--guide static); the default searches
+a better one on the samples first, then lets the router imitate it before the distillation starts.
 Decisions are hard in the forward pass (the same quotas as at inference) and straight-through in the backward pass.
 """
 import random
@@ -20,49 +22,102 @@ from safetensors.torch import load_file, save_file
 
 from common import Parser, bar, check, run, start
 from data import load_samples, load_tokenizer
-from model_ftp import FACTORS, FTPError, Router, Schedule, by_sample, kl_divergence, load_json, quota, response_rows, save_json
+from model_ftp import FACTORS, FTPError, Router, Schedule, by_quota, by_sample, kl_divergence, load_json, response_rows, save_json
+
+KNOTS = 6
 
 
-def static_targets(p, s):
-    """The static router's decisions for the prompt rows of a pass, as the router's logits are ordered: 0 compute, 1 skip."""
-    k = torch.tensor([quota(t, s) for t in p.n_set]).to(p.seq.device)[p.seq]
-    return 1 - ((p.local > p.size - k) | p.ends).long()
+def free(p):
+    """Prompt rows that are not kept anyway, (N,)."""
+    return p.in_set & ~p.ends
 
 
-def warm_up(router, model, samples, steps, lr, rng):
-    """Guide loss alone: the router learns the static order from the factors of one pass, without running the LLM again."""
-    seen, optimizer = [], torch.optim.Adam(router.parameters(), lr)
-    schedule = model.schedule.sparsity
+class Order:
+    """A keeping order of prompt tokens, the guide of the router: a piecewise-linear curve over the place in the prompt, plus weights
+    of score and rank; the first `head` tokens go before all others (but for the very first), the last `tail` stay the longest.
+
+    Order.static() is the paper's {x_0, newest ... oldest}.
+    """
+    def __init__(self, curve, weights=(0.0, 0.0), head=0, tail=0):
+        self.curve, self.weights, self.head, self.tail = list(curve), list(weights), head, tail
+
+    @classmethod
+    def static(cls):
+        return cls([i / (KNOTS - 1) for i in range(KNOTS)])
+
+    def __call__(self, p, s):
+        curve, at = torch.tensor(self.curve, device=p.place.device), p.place * (KNOTS - 1)
+        i = at.long().clamp(max=KNOTS - 2)
+        ends = (p.local >= p.size - self.tail).float() - (p.local < self.head).float()
+        return curve[i].lerp(curve[i + 1], at - i) + self.weights[0] * p.score + self.weights[1] * p.rank + 9 * ends
+
+    def targets(self, p, s):
+        """Its decisions for the free prompt rows of a pass, as the router's logits are ordered: 0 compute, 1 skip."""
+        return 1 - by_quota(p, self(p, s), s)[0][free(p)].long()
+
+    def mutated(self, other, rng, width):
+        """A neighbour, the curve between its own and another's."""
+        jump = lambda n: max(0, n + rng.choice((-4, -2, -1, 1, 2, 4)))
+        mix = rng.random() * (rng.random() < 0.5)
+        noise = width * (rng.random() < 0.6)
+        blend = lambda a, b: [x + mix * (y - x) + rng.gauss(0, noise) for x, y in zip(a, b)]
+        return Order(blend(self.curve, other.curve), blend(self.weights, other.weights),
+                     jump(self.head) if rng.random() < 0.6 else self.head, jump(self.tail) if rng.random() < 0.4 else self.tail)
+
+
+def search_guide(score, evaluations, rng):
+    """The order of lowest score(order): simple curves first (the paper's is the first), then heads, then an evolution strategy.
+
+    Returns it, with the scores in the order of trying.
+    """
+    line, seen = Order.static().curve, []
+    curves = [line, line[::-1]] + [[abs(v - m) for v in line] for m in (0.4, 0.6, 0.8)]
+    for n in bar(range(evaluations), desc="guide search", unit="order"):
+        best = sorted(seen, key=lambda e: e[0])
+        if n < 5:
+            order = Order(curves[n])
+        elif n < 11:
+            order = Order(best[0][1].curve, head=(8, 16, 24, 32, 48, 20)[n - 5])
+        else:
+            order = best[int(4 * rng.random() ** 2)][1].mutated(best[rng.randrange(4)][1], rng, 0.25 * (1 - n / evaluations) + 0.03)
+        seen.append((score(order), order))
+    return min(seen, key=lambda e: e[0])[1], [s for s, _ in seen]
+
+
+def warm_up(router, model, guide, samples, steps, lr=0.02):
+    """Guide loss alone: the router learns the guide's decisions from the factors of one pass of the LLM, which `model` makes
+    with the guide in place. Returns the last cross-entropy."""
+    blocks, optimizer = [], torch.optim.Adam(router.parameters(), lr)
     with torch.no_grad():
-        for sample in samples:
-            p, blocks = model.begin_samples([sample]), []
-            for l, s in enumerate(schedule):
-                if 0 < s < 1:
-                    blocks.append((l, router.factors(p, s)[p.in_set], static_targets(p, s)[p.in_set]))
-                p = model.step(l, p)
-            seen.append(blocks)
-    for _ in bar(range(steps), desc="guide", unit="step"):
+        p = model.begin_samples(samples)
+        for l, s in enumerate(model.schedule.sparsity):
+            if 0 < s < 1:
+                blocks.append((l, router.factors(p, s)[free(p)], guide.targets(p, s)))
+            p = model.step(l, p)
+    loss = torch.tensor(float("nan"))
+    for step in bar(range(steps), desc="guide", unit="step"):
+        optimizer.param_groups[0]["lr"] = lr * (1 - step / steps)
         memory, loss = None, 0.0
-        for l, f, target in rng.choice(seen):
+        for l, f, target in blocks:
             logits, memory = router(l, f, memory)
-            loss = loss + F.cross_entropy(logits, target)
+            loss = loss + F.cross_entropy(logits, target) / len(blocks)
         optimizer.zero_grad()
-        (loss / len(seen[0])).backward()
+        loss.backward()
         optimizer.step()
-    return float(loss.detach()) / len(seen[0])
+    return float(loss.detach())
 
 
-def losses(p, schedule, hinge):
-    """L_s and L_g of the decisions a pass made, each a mean over blocks; and the share argmax would skip."""
-    sparsity, guide, shares = [], [], []
-    for l, logits, _ in p.trace:
-        z, s = logits[p.in_set], schedule[l]
+def losses(p, guide, hinge):
+    """L_s and L_g of a pass's decisions, each a mean over blocks; and the share argmax would skip."""
+    sparsity, imitation, shares = [], [], []
+    for s, logits, q in p.trace:
+        z = logits[free(q)]
         soft, hard = z.softmax(-1)[:, 1], (z[:, 1] >= z[:, 0]).float()
         share = (hard + soft - soft.detach()).mean()       # straight-through share of skipped tokens, as argmax has it
         sparsity.append((s - share).clamp(min=0) if hinge else (s - share).abs())
-        guide.append(F.cross_entropy(z, static_targets(p, s)[p.in_set]))
+        imitation.append(F.cross_entropy(z, guide.targets(q, s)))
         shares.append(share.detach())
-    return torch.stack(sparsity).mean(), torch.stack(guide).mean(), float(torch.stack(shares).mean())
+    return torch.stack(sparsity).mean(), torch.stack(imitation).mean(), float(torch.stack(shares).mean())
 
 
 def routed_kl(model, samples, teacher, schedule, router, **routing):
@@ -72,7 +127,7 @@ def routed_kl(model, samples, teacher, schedule, router, **routing):
     return by_sample(torch.cat([kl_divergence(model.logits(t), model.logits(s)) for t, s in zip(teacher.split(1024), states.split(1024))]), owner)
 
 
-def save_state(path, router, optimizer, step, best, history, settings):
+def save_state(path, router, optimizer, step, best, history, settings, guide):
     """All a resumed run needs, as safetensors and JSON; the JSON last, it counts."""
     tensors = {f"router.{k}": v for k, v in router.state_dict().items()}
     tensors |= {f"best.{k}": v for k, v in best["state"].items()}
@@ -80,7 +135,7 @@ def save_state(path, router, optimizer, step, best, history, settings):
         tensors |= {f"adam.{i}.{k}": v for k, v in optimizer.state[q].items()}
     name = f"train_state_{step}.safetensors"
     save_file({k: v.detach().clone().contiguous() for k, v in {**tensors, "rng": torch.get_rng_state()}.items()}, path.with_name(name))
-    save_json(path, {"format": "ftp-train-state-1", "settings": settings, "step": step, "history": history, "tensors": name,
+    save_json(path, {"format": "ftp-train-state-1", "settings": settings, "step": step, "history": history, "tensors": name, "guide": vars(guide),
                      "best": {k: v for k, v in best.items() if k != "state"}})
     for old in path.parent.glob("train_state_*.safetensors"):
         if old.name != name:
@@ -99,7 +154,7 @@ def load_state(path, router, optimizer, settings):
     for i, q in enumerate(router.parameters()):
         optimizer.state[q] = part(f"adam.{i}.")
     torch.set_rng_state(t["rng"])
-    return s["step"], {**s["best"], "state": part("best.")}, s["history"]
+    return s["step"], {**s["best"], "state": part("best.")}, s["history"], Order(**s["guide"])
 
 
 def main():
@@ -110,21 +165,24 @@ def main():
     p.add_argument("--nwatch", type=int, default=32, help="samples that choose the best step")
     p.add_argument("--max_prompt", type=int, default=512, help="longest prompt taken, tokens")
     p.add_argument("--max_response", type=int, default=48, help="response tokens used")
-    p.add_argument("--inputs", default=",".join(FACTORS), help="inputs of the router, of position,score,rank,sparsity,hidden")
+    p.add_argument("--inputs", default=",".join(FACTORS), help="inputs of the router, of position,place,score,rank,sparsity,hidden")
     p.add_argument("--router_kind", default="global", choices=Router.KINDS, help="one router for all blocks, one each, or recurrent over blocks")
     p.add_argument("--width", type=int, default=64, help="hidden width")
     p.add_argument("--score", default="16", help="attention score from the last W prompt queries, or mean over all (paper-like)")
-    p.add_argument("--steps", type=int, default=160, help="training steps")
+    p.add_argument("--steps", type=int, default=60, help="training steps")
     p.add_argument("--batch_size", type=int, default=1, help="samples a step")
-    p.add_argument("--lr", type=float, default=5e-3, help="learning rate, falling to a tenth by a cosine")
-    p.add_argument("--warmup", type=int, default=400, help="steps of the guide loss alone, without the LLM")
+    p.add_argument("--lr", type=float, default=2e-3, help="learning rate, falling to a tenth by a cosine")
+    p.add_argument("--warmup", type=int, default=1500, help="steps of the guide loss alone, without the LLM")
+    p.add_argument("--guide", default="search", choices=["search", "static"], help="order the guide loss teaches: found on the samples, or the paper's")
+    p.add_argument("--guide_evals", type=int, default=40, help="orders tried by the guide search")
+    p.add_argument("--guide_samples", type=int, default=24, help="training samples the guide search measures on")
     p.add_argument("--lambda_d", type=float, default=1.0, help="weight of the distillation loss")
     p.add_argument("--lambda_s", type=float, default=1.0, help="weight of the sparsity loss")
-    p.add_argument("--lambda_g", type=float, default=0.1, help="weight of the guide loss at the start")
+    p.add_argument("--lambda_g", type=float, default=0.05, help="weight of the guide loss at the start")
     p.add_argument("--guide_until", type=float, default=0.5, help="share of the steps after which the guide loss has decayed to 0")
     p.add_argument("--hinge", action="store_true", help="the paper's one-sided sparsity loss")
     p.add_argument("--distill", default="kl", choices=["kl", "mse"], help="distil the next-token distribution or the last hidden state")
-    p.add_argument("--decode_share", type=float, default=0.25, help="share of steps whose response tokens are routed too")
+    p.add_argument("--decode_share", type=float, default=0.0, help="share of steps whose response tokens are routed too")
     p.add_argument("--gumbel", type=float, default=0.0, help="temperature of Gumbel noise on training decisions, 0: none")
     p.add_argument("--eval_every", type=int, default=20, help="steps between looks at the watched samples")
     p.add_argument("--resume", action="store_true", help="go on from the last saved step")
@@ -156,12 +214,25 @@ def main():
     settings = {k: v for k, v in vars(args).items() if k not in ("resume", "threads", "out_dir")} | {"schedule_id": schedule.id}
     state_path, step, history, best = out / "train_state.json", 0, [], None
     if args.resume and state_path.exists():
-        step, best, history = load_state(state_path, router, optimizer, settings)
+        step, best, history, guide = load_state(state_path, router, optimizer, settings)
         print(f"resuming at step {step}")
     else:
-        model.use(schedule, router, **routing, decode="dense")
-        guide = warm_up(router, model, samples[:32], args.warmup, args.lr, random.Random(args.seed)) if args.warmup else float("nan")
-        print(f"guide warm-up: cross-entropy {guide:.4f} after {args.warmup} steps", flush=True)
+        guide, rng = Order.static(), random.Random(args.seed)
+        if args.guide == "search":
+            few = samples[:args.guide_samples]
+            aim = torch.cat(teacher[:len(few)])
+            guide, tried = search_guide(lambda o: float(routed_kl(model, few, aim, schedule, o, kv=args.kv, one_pass=args.one_pass).mean()),
+                                        args.guide_evals, rng)
+            watched = routed_kl(model, held, held_teacher, schedule, guide, kv=args.kv, one_pass=args.one_pass).mean()
+            print(f"guide: KL {min(tried):.4f} (static order {tried[0]:.4f}) after {len(tried)} orders, watched {watched:.4f}; "
+                  f"curve {[round(v, 2) for v in guide.curve]}, "
+                  f"weights {[round(v, 2) for v in guide.weights]}, head {guide.head}, tail {guide.tail}", flush=True)
+            if watched > static.mean():
+                print("the static order is better on the watched samples: it stays the guide")
+                guide = Order.static()
+        model.use(schedule, guide, kv=args.kv, one_pass=args.one_pass)
+        entropy = warm_up(router, model, guide, samples[:16], args.warmup)
+        print(f"guide warm-up: cross-entropy {entropy:.4f} after {args.warmup} steps", flush=True)
 
     def look(step, loss):
         nonlocal best
@@ -183,7 +254,7 @@ def main():
         group = [samples[i] for i in picks]
         for g in optimizer.param_groups:
             g["lr"] = args.lr * (0.55 + 0.45 * torch.cos(torch.tensor(step / args.steps * torch.pi)).item())
-        guide = args.lambda_g * max(0.0, 1 - step / (args.guide_until * args.steps)) if args.guide_until else 0.0
+        weight = args.lambda_g * max(0.0, 1 - step / (args.guide_until * args.steps)) if args.guide_until else 0.0
         decode = "threshold" if rng.random() < args.decode_share else "dense"
         model.use(schedule, router, **routing, decode="dense")
         if decode == "threshold":
@@ -198,9 +269,9 @@ def main():
             l_d = kl_divergence(aim, model.logits(student)).mean()
         else:
             l_d = F.mse_loss(model.norm(student).float(), model.norm(want).float())
-        l_s, l_g, share = losses(q, schedule.sparsity, args.hinge)
+        l_s, l_g, share = losses(q, guide, args.hinge)
         optimizer.zero_grad()
-        (args.lambda_d * l_d + args.lambda_s * l_s + guide * l_g).backward()
+        (args.lambda_d * l_d + args.lambda_s * l_s + weight * l_g).backward()
         torch.nn.utils.clip_grad_norm_(router.parameters(), 1.0)
         optimizer.step()
         tokens += len(q.x)
@@ -212,7 +283,7 @@ def main():
             look(step, {k: sum(v) / len(v) for k, v in mean.items()})
             mean = {}
             out.mkdir(parents=True, exist_ok=True)
-            save_state(state_path, router, optimizer, step, best, history, settings)
+            save_state(state_path, router, optimizer, step, best, history, settings, guide)
     progress.close()
     seconds = time.time() - began
     router.load_state_dict(best["state"])
@@ -223,7 +294,7 @@ def main():
     thresholds = model.calibrate_decode(samples[:64])
     routed_kl(model, held, held_teacher, schedule, router, decode="dense", **routing)
     rate = (step - first) / max(seconds, 1e-9) * 60
-    router.meta = {**config, "schedule_id": schedule.id, "decode_threshold": thresholds, "best_step": best["step"], "history": history,
+    router.meta = {**config, "schedule_id": schedule.id, "decode_threshold": thresholds, "best_step": best["step"], "guide": vars(guide), "history": history,
                    "kl_watch": float(kl.mean()), "kl_watch_static": float(static.mean()), "realised_sparsity": realised,
                    "work": {"steps": step, "steps_per_minute": round(rate, 1), "tokens": tokens, "seconds": round(seconds, 1)}}
     router.save(out / "router.safetensors")

@@ -1,5 +1,7 @@
 """Tiny random models, saved as Hugging Face folders: no test but the marked one downloads anything."""
+import json
 import os
+import random
 import sys
 from pathlib import Path
 
@@ -23,13 +25,13 @@ SHAPES = {
 }
 
 
-def make_hf(shape, seed=0):
+def make_hf(shape, seed=0, **more):
     from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
     torch.manual_seed(seed)
     config, model = (Qwen2Config, Qwen2ForCausalLM) if shape == "qwen2" else (LlamaConfig, LlamaForCausalLM)
     c = config(**{**dict(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=6, num_attention_heads=4,
                          max_position_embeddings=256, eos_token_id=2, bos_token_id=1, tie_word_embeddings=False),
-                  **SHAPES[shape]})
+                  **SHAPES[shape], **more})
     m = model(c).eval()
     for p in m.parameters():  # default init is so small that every block is close to the identity
         p.data.normal_(0, 0.25) if p.dim() > 1 else p.data.normal_(1.0 if p.shape[0] == 32 else 0.0, 0.2)
@@ -54,6 +56,35 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="session")
 def tiny(folder):
     return FTPModel.from_pretrained(folder("gqa")[0])
+
+
+@pytest.fixture(scope="session")
+def workshop(tmp_path_factory):
+    """A tiny model with a tokenizer and a chat template, Alpaca-form data, a choice task and a text: (model dir, data dir)."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+    root = tmp_path_factory.mktemp("workshop")
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    t = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(["<s>", "</s>", *alphabet])}, merges=[]))
+    t.pre_tokenizer, t.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tok = PreTrainedTokenizerFast(tokenizer_object=t, bos_token="<s>", eos_token="</s>")
+    tok.chat_template = ("{% for m in messages %}<s>{{ m['content'] }}</s>{% endfor %}{% if add_generation_prompt %}<s>{% endif %}")
+    hf = make_hf("gqa", vocab_size=258, max_position_embeddings=512, eos_token_id=1, bos_token_id=0)
+    hf.save_pretrained(root / "model")
+    tok.save_pretrained(root / "model")
+    d = root / "data"
+    d.mkdir()
+    words = "the cat sat on a mat and saw nine red birds over an old grey house by the sea while it rained all day".split()
+    rng = random.Random(0)
+    say = lambda n: " ".join(rng.choice(words) for _ in range(n))
+    (d / "alpaca.json").write_text(json.dumps([{"instruction": say(4), "input": say(6), "output": say(6)} for _ in range(48)]))
+    (d / "task.jsonl").write_text("\n".join(json.dumps({"context": say(5), "choices": [" " + say(2), " " + say(3), " mat"], "answer": i % 3})
+                                            for i in range(9)))
+    (d / "partial.jsonl").write_text("\n".join(json.dumps({"contexts": [say(5), say(5)], "continuation": " " + say(2), "answer": i % 2})
+                                               for i in range(6)))
+    (d / "lambada.jsonl").write_text("\n".join(json.dumps({"context": say(8), "word": " mat"}) for i in range(5)))
+    (d / "book.txt").write_text(say(400))
+    return root / "model", d
 
 
 @pytest.fixture

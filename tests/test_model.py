@@ -8,9 +8,10 @@ from conftest import SHAPES, make_router, tokens
 from model_ftp import Config, FTPError, FTPModel, KVCache, Router, Schedule, quota
 
 MODES = [dict(router="static"), dict(router="static", decode="rule"), dict(router="random"), dict(router="attention"),
-         dict(router="learned"), dict(router="learned", decode="dense"), dict(router="learned", prefill="argmax"),
-         dict(router="learned", one_pass=True), dict(router="learned", score="mean"), dict(router="hidden"),
-         dict(router="local"), dict(router="recurrent")]
+         dict(router="learned", decode="threshold"), dict(router="learned"), dict(router="learned", prefill="argmax", decode="threshold"),
+         dict(router="learned", one_pass=True, decode="threshold"), dict(router="learned", score="mean", decode="threshold"),
+         dict(router="hidden", decode="threshold"), dict(router="local", decode="threshold"),
+         dict(router="recurrent", decode="threshold")]
 
 
 def use(model, schedule, router, **kw):
@@ -251,8 +252,8 @@ def test_artifacts_round_trip(tiny, schedule, tmp_path):
     schedule.save(tmp_path / "schedule.json")
     s2, r2 = Schedule.load(tmp_path / "schedule.json"), Router.load(tmp_path / "router.safetensors")
     assert s2 == schedule and r2.id == r.id and r2.meta == r.meta and r2.inputs == r.inputs
-    tiny.use(tmp_path / "schedule.json", tmp_path / "router.safetensors")
-    assert tiny.decode == "threshold" and tiny.thresholds == r.meta["decode_threshold"]
+    tiny.use(tmp_path / "schedule.json", tmp_path / "router.safetensors", decode="threshold")
+    assert tiny.thresholds == r.meta["decode_threshold"]
     tiny.use()
 
 

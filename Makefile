@@ -1,0 +1,27 @@
+PY := .venv/bin/python
+OUT := out/demo
+S := 0.30
+
+.PHONY: demo test
+
+# fetch the model, prune it at 30 %, measure it, draw the figures: see README.md
+demo: .venv/ready
+	$(PY) prepare.py
+	$(PY) search_scheduler.py --sparsity $(S) --out_dir $(OUT) --resume
+	$(PY) train_router.py --schedule $(OUT)/schedule.json --out_dir $(OUT) --resume
+	$(PY) finetune_static.py --schedule $(OUT)/schedule.json --router $(OUT)/router.safetensors --out_dir $(OUT) --resume
+	$(PY) evaluate.py --dtype auto --schedule $(OUT)/schedule_ft.json --router $(OUT)/router.safetensors --out_dir $(OUT)
+	$(PY) benchmark.py --schedule $(OUT)/schedule_ft.json --router $(OUT)/router.safetensors --lengths 256,1024 --rounds 5 --out_dir $(OUT)
+	$(PY) analysis/redundancy.py --out_dir $(OUT)
+	$(PY) analysis/schedules.py $(OUT)/schedule.json $(OUT)/schedule_ft.json --out_dir $(OUT)
+	$(PY) analysis/skips.py --schedule $(OUT)/schedule_ft.json --router $(OUT)/router.safetensors --out_dir $(OUT)
+	@echo "artefacts, tables and figures are in $(OUT)"
+
+test: .venv/ready
+	$(PY) -m ruff check .
+	$(PY) -m pytest -q
+
+.venv/ready: requirements.txt
+	python3 -m venv .venv
+	$(PY) -m pip install -q --disable-pip-version-check -r requirements.txt
+	@touch $@

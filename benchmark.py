@@ -1,0 +1,238 @@
+"""Speed and memory: prefill (TTFT) and decode (TPOT) apart, dense / routed / Hugging Face transformers interleaved.
+
+    python benchmark.py --schedule out/schedule_ft.json --router out/router.safetensors    # -> out/bench.json, a table
+    python benchmark.py --lengths 512,1024,2048,4096 --batch_sizes 1,8 --dtype bfloat16 --peers
+    python benchmark.py --synthetic llama2-7b --sparsity 0.30 --device cuda                # random weights of that shape
+
+Prefill is bound by arithmetic, so skipped tokens save time in proportion to FLOPs: flops_bound is the speed-up that the FLOPs
+allow (head, router and scores counted) and stands beside the measured one. Decode at small batches is bound by reading weights:
+a skipped block saves its weights only when no row of the batch needs it. All variants run in one process, in turns, after a
+warm-up; figures are medians over the rounds. The last line on stdout is one JSON document.
+"""
+import json
+import resource
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from common import Parser, check, run, start
+from model_ftp import Config, FTPModel, Router, Schedule, find_model, save_json
+
+SHAPES = {  # vocab, hidden, intermediate, blocks, heads, kv heads, head_dim, tied
+    "smollm2-135m": (49152, 576, 1536, 30, 9, 3, 64, True), "qwen2.5-7b": (152064, 3584, 18944, 28, 28, 4, 128, False),
+    "qwen1.5-7b": (151936, 4096, 11008, 32, 32, 32, 128, False), "llama2-7b": (32000, 4096, 11008, 32, 32, 32, 128, False),
+    "llama2-13b": (32000, 5120, 13824, 40, 40, 40, 128, False), "llama3-8b": (128256, 4096, 14336, 32, 32, 8, 128, False)}
+
+
+def synthetic(shape, dtype, device):
+    """A randomly initialised model of a known shape: speed needs no trained weights."""
+    v, d, f, n, h, kv, hd, tied = SHAPES[shape]
+    with torch.device("meta"):
+        model = FTPModel(Config(v, d, f, n, h, kv, hd, 1e-5, 1e4, None, shape.startswith("qwen"), tied, 1 << 17))
+    model.to_empty(device=device).to(dtype)
+    for p in model.parameters():
+        p.requires_grad_(False)
+        p.data.normal_(0, 0.02) if p.dim() > 1 else p.data.fill_(1.0)
+    model.name = shape
+    return model.eval()
+
+
+def sync(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def reset_peak(device):
+    """Start measuring peak memory anew."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        try:
+            Path("/proc/self/clear_refs").write_text("5")  # Linux: the resident peak falls back to the present size
+        except OSError:
+            pass
+
+
+def peak_mb(device):
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    try:
+        line = next(s for s in Path("/proc/self/status").read_text().splitlines() if s.startswith("VmHWM"))
+        return int(line.split()[1]) / 1024
+    except (OSError, StopIteration):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+class Ours:
+    """The routed model under one setting."""
+    def __init__(self, model, schedule=None, router="static", **routing):
+        self.model, self.setting = model, lambda: model.use(schedule, router, **routing)
+        self.schedule, self.router, self.routing = schedule, router if isinstance(router, Router) else None, routing
+
+    def prefill(self, ids):
+        self.setting()
+        self.cache = self.model.new_cache(len(ids))
+        return self.model.extend(ids, self.cache, prompt=True, last_only=True)
+
+    def decode(self, token):
+        return self.model.extend([[t] for t in token], self.cache, last_only=True)
+
+    def kv_bytes(self):
+        return self.cache.bytes()[0]
+
+    def bounds(self, T, decoded):
+        """FLOPs of dense over FLOPs of this setting, for prefill and for one decoded token at its realised sparsity."""
+        c, n = self.model.config, self.model.config.n_layer
+        s = self.schedule.sparsity if self.schedule else [0.0] * n
+        prefill = c.prefill_flops(T, [0.0] * n) / c.prefill_flops(T, s, self.routing.get("kv", "drop"), self.router, self.model.score_window)
+        st = self.model.stats
+        if not decoded:
+            return prefill, None
+        tokens = st.total["decode"]
+        head = c.head_flops(tokens)
+        return prefill, (st.dense_flops["decode"] + head) / (st.flops["decode"] + head)
+
+
+class Transformers:
+    """Hugging Face's own model with its SDPA attention and cache, the same weights and inputs."""
+    def __init__(self, folder, dtype, device):
+        from transformers import AutoModelForCausalLM
+        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa").to(device).eval()
+
+    @torch.inference_mode()
+    def prefill(self, ids):
+        out = self.model(torch.tensor(ids, device=self.model.device), use_cache=True, logits_to_keep=1)
+        self.past = out.past_key_values
+        return out.logits[:, -1]
+
+    @torch.inference_mode()
+    def decode(self, token):
+        out = self.model(torch.tensor(token, device=self.model.device)[:, None], past_key_values=self.past, use_cache=True)
+        self.past = out.past_key_values
+        return out.logits[:, -1]
+
+    def kv_bytes(self):
+        return sum(t.numel() * t.element_size() for layer in self.past.layers for t in (layer.keys, layer.values))
+
+    def bounds(self, T, decoded):
+        return 1.0, 1.0 if decoded else None
+
+
+def measure(variants, T, B, n_decode, rounds, vocab, device):
+    """Times of every variant in turns: {name: {"prefill": [s], "decode": [s per token], "peak": MB, "kv": bytes, "sparsity": ...}}."""
+    g = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, vocab, (B, T), generator=g).tolist()
+    got = {name: {"prefill": [], "decode": []} for name in variants}
+    for turn in range(rounds + 1):  # the first is the warm-up
+        for name, v in variants.items():
+            reset_peak(device)
+            sync(device)
+            t = time.perf_counter()
+            logits = v.prefill(ids)
+            sync(device)
+            if turn:
+                got[name]["prefill"].append(time.perf_counter() - t)
+            got[name]["kv"] = v.kv_bytes()
+            if isinstance(v, Ours):
+                got[name]["sparsity"] = v.model.stats.mean("prefill"), v.model.stats.saved("prefill")
+            for i in range(n_decode):
+                token = logits.argmax(-1).tolist()
+                t = time.perf_counter()
+                logits = v.decode(token)
+                sync(device)
+                if turn and i:
+                    got[name]["decode"].append(time.perf_counter() - t)
+            got[name]["peak"] = peak_mb(device)
+            if isinstance(v, Ours):
+                got[name]["decode_sparsity"] = v.model.stats.mean("decode")
+            got[name]["bounds"] = v.bounds(T, n_decode)
+            v.cache = v.past = None
+    return got
+
+
+def router_share(variant, T, vocab):
+    """Share of a routed prefill's time spent in routing and scores, by the profiler."""
+    ids = torch.randint(3, vocab, (1, T), generator=torch.Generator().manual_seed(0)).tolist()
+    variant.prefill(ids)
+    with torch.profiler.profile(activities=list(torch.profiler.supported_activities())) as prof, torch.profiler.record_function("whole"):
+        variant.prefill(ids)
+    t = {e.key: max(e.cpu_time_total, e.device_time_total) for e in prof.key_averages()}
+    return t.get("ftp_routing", 0.0) / t["whole"]
+
+
+def main():
+    p = Parser(__doc__).common(dtype="float32").routing()
+    p.add_argument("--schedule", default=None, help="schedule; without one, a uniform schedule of --sparsity")
+    p.add_argument("--router", default=None, help="trained router; without one, the static router (random weights with --synthetic)")
+    p.add_argument("--sparsity", default="0.30", help="comma list of uniform sparsities where no --schedule is given")
+    p.add_argument("--decode", default="dense", choices=["dense", "threshold", "rule"], help="how decoded tokens are routed")
+    p.add_argument("--lengths", default="256,1024,2048", help="prompt lengths, tokens")
+    p.add_argument("--batch_sizes", default="1", help="batch sizes")
+    p.add_argument("--n_decode", type=int, default=16, help="tokens decoded after each prefill, 0: prefill only")
+    p.add_argument("--rounds", type=int, default=7, help="timed rounds after the warm-up")
+    p.add_argument("--no_hf", action="store_true", help="leave transformers out")
+    p.add_argument("--peers", action="store_true", help="also block removal (ShortGPT-like: the last blocks but one) at about equal FLOPs")
+    p.add_argument("--synthetic", default=None, choices=list(SHAPES), help="random weights of this shape instead of --model")
+    args = p.parse_args()
+    try:
+        lengths, batch_sizes, sparsities = ([t(v) for v in s.split(",")] for t, s in (
+            (int, args.lengths), (int, args.batch_sizes), (float, args.sparsity)))
+    except ValueError:
+        check(False, f"--lengths {args.lengths} --batch_sizes {args.batch_sizes} --sparsity {args.sparsity}: give numbers parted by commas")
+    check(min(lengths) > 1 and min(batch_sizes) > 0 and args.rounds > 0 and args.n_decode >= 0,
+          "--lengths must exceed 1, --batch_sizes and --rounds be at least 1, --n_decode at least 0")
+    schedule = Schedule.load(args.schedule) if args.schedule else None
+    router = Router.load(args.router) if args.router else None
+    check(router is None or schedule, "--router: it needs the --schedule it was trained with")
+    model, config = start(args, (lambda dtype, device: synthetic(args.synthetic, dtype, device)) if args.synthetic else None)
+    device, n = model.device, model.config.n_layer
+    check(max(lengths) + args.n_decode <= model.config.max_len, f"--lengths {args.lengths}: longer than the model's {model.config.max_len}")
+    routing = dict(kv=args.kv, one_pass=args.one_pass, decode=args.decode)
+    variants = {"dense": Ours(model)}
+    if schedule:
+        if router:
+            variants["ftp"] = Ours(model, schedule, router, prefill=args.prefill, **routing)
+        variants["static"] = Ours(model, schedule, kv=args.kv)
+    for s in [] if schedule else sparsities:
+        variants[f"static {s:g}"] = Ours(model, Schedule.uniform(model, s), kv=args.kv)
+        if args.synthetic:  # an untrained router costs what a trained one does
+            variants[f"router {s:g}"] = Ours(model, Schedule.uniform(model, s), Router(model.config, model.fingerprint), kv=args.kv,
+                                             one_pass=args.one_pass)
+    if args.peers:
+        for s in [schedule.mean] if schedule else sparsities:
+            gone = round(s * n)
+            variants[f"removal {gone}/{n}"] = Ours(model, Schedule([0.0] * (n - 1 - gone) + [1.0] * gone + [0.0], model.fingerprint))
+    if not args.no_hf and not args.synthetic:
+        variants["transformers"] = Transformers(find_model(args.model), model.dtype, device)
+    rows = []
+    for B in batch_sizes:
+        for T in lengths:
+            got = measure(variants, T, B, args.n_decode, args.rounds, model.config.vocab_size, device)
+            for name, g in got.items():
+                for phase, bound in zip(("prefill", "decode"), g["bounds"]):
+                    if not g[phase]:
+                        continue
+                    ms, base = np.array(g[phase]) * 1e3, np.median(got["dense"][phase]) * 1e3
+                    row = {"name": name, "phase": phase, "batch_size": B, "prompt_len": T, "dtype": str(model.dtype).removeprefix("torch."),
+                           "median_ms": float(np.median(ms)), "p10_ms": float(np.percentile(ms, 10)), "p90_ms": float(np.percentile(ms, 90)),
+                           "n": len(ms), "speedup_vs_dense": float(base / np.median(ms)), "flops_bound": bound, "peak_mb": g["peak"],
+                           "kv_bytes": g["kv"], "tokens_per_s": float((B * T if phase == "prefill" else B) / np.median(ms) * 1e3),
+                           "sparsity_prefill": g.get("sparsity", (None,))[0], "flops_saved_prefill": g.get("sparsity", (None, None))[1],
+                           "sparsity_decode": g.get("decode_sparsity")}
+                    rows.append(row)
+                    print(f"B {B:2d}  T {T:5d}  {phase:7s}  {name:14s} {row['median_ms']:9.2f} ms  (p10 {row['p10_ms']:.2f}, p90 {row['p90_ms']:.2f})"
+                          f"  {row['tokens_per_s']:7.0f} tok/s  speed-up {row['speedup_vs_dense']:.3f}  bound {bound:.3f}  "
+                          f"peak {row['peak_mb']:.0f} MB  KV {row['kv_bytes'] / 2**20:.1f} MB", flush=True)
+    share = {name: {str(T): router_share(v, T, model.config.vocab_size) for T in lengths} for name, v in variants.items()
+             if isinstance(v, Ours) and v.router is not None}
+    for name, s in share.items():
+        print(f"router and scores, share of routed prefill ({name}): " + ", ".join(f"{T}: {100 * v:.1f} %" for T, v in s.items()))
+    result = {"format": "ftp-bench-1", "config": config, "rows": rows, "router_share": share}
+    save_json(f"{args.out_dir}/bench.json", result)
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,227 @@
+"""Quality of the pruned model beside the dense one: choice tasks, perplexity, KL and top-1 agreement, realised sparsity.
+
+    python evaluate.py --schedule out/schedule_ft.json --router out/router.safetensors            # -> out/eval.json, a table
+    python evaluate.py --tasks arc_easy,hellaswag,mmlu --limit 500 --rows static,ftp,ftp_decode   # by datasets ids
+    python evaluate.py --tasks mine=items.jsonl --text book.txt --protocol joint
+
+Rows: dense (always), uniform (static router, uniform schedule of the same mean), static (static router, --schedule), random and
+attention (other selections), ftp (--router; the prompt is routed, decoding is dense), ftp_decode (decoded tokens skip too, by
+threshold), rule (the paper's decode rule). Protocol causal: a context is routed as a prompt, the scored text runs as decoded
+tokens. joint (the paper's): context and continuation are routed together, which no generation can reproduce.
+"""
+import math
+import time
+
+import torch
+
+from common import Parser, bar, check, run, start
+from data import encode_pair, load_samples, load_task, load_text, load_tokenizer, standard_error, windows
+from model_ftp import Router, Schedule, batches, by_sample, kl_divergence, save_json
+
+METRIC = {"arc_challenge": "acc_norm", "hellaswag": "acc_norm", "openbook_qa": "acc_norm", "piqa": "acc_norm"}  # others: acc
+ROWS = {  # name: (schedule, router, decode)
+    "dense": (None, "static", "dense"), "uniform": ("uniform", "static", "dense"), "static": ("given", "static", "dense"),
+    "random": ("given", "random", "dense"), "attention": ("given", "attention", "dense"), "ftp": ("given", "given", "dense"),
+    "ftp_decode": ("given", "given", "threshold"), "rule": ("given", "given", "rule")}
+
+
+def pick(logits, targets):
+    """Log-probability of each target token and whether it is the likeliest: logits (M, vocab), targets (M,)."""
+    logp = logits.float().log_softmax(-1)
+    targets = torch.as_tensor(targets, device=logits.device)
+    return logp.gather(1, targets[:, None])[:, 0].cpu(), (logits.argmax(-1) == targets).cpu()
+
+
+def score_pairs(model, pairs, protocol, max_tokens=2048):
+    """(sum of log-probabilities, all greedy) of each continuation: pairs [(context ids, continuation ids)].
+
+    causal: each distinct context is prefilled once, and its continuations run from that cache one after the other.
+    """
+    out = [None] * len(pairs)
+    if protocol == "joint":
+        order = sorted(range(len(pairs)), key=lambda i: sum(map(len, pairs[i])))
+        ordered = [pairs[i] for i in order]
+        for first, group in bar(list(batches(ordered, max_tokens)), desc="joint", unit="batch", leave=False):
+            states, owner = model.response_states(group, max_tokens, joint=True)
+            logp, greedy = pick(model.logits(states), [t for _, c in group for t in c])
+            for j in range(len(group)):
+                out[order[first + j]] = float(logp[owner == j].sum()), bool(greedy[owner == j].all())
+        return out
+    by_context = {}
+    for i, (context, _) in enumerate(pairs):
+        by_context.setdefault(tuple(context), []).append(i)
+    contexts = sorted(by_context, key=len)
+    for _, group in bar(list(batches([(list(c), ()) for c in contexts], max_tokens)), desc="causal", unit="batch", leave=False):
+        group = [c for c, _ in group]
+        cache = model.new_cache(len(group))
+        first = model.extend(group, cache, prompt=True, last_only=True)
+        mark, todo = cache.mark(), [by_context[tuple(c)] for c in group]
+        for turn in range(max(map(len, todo))):
+            rows = [b for b in range(len(group)) if turn < len(todo[b])]
+            cont = [pairs[todo[b][turn]][1] for b in rows]
+            logp, greedy = pick(first[rows], [c[0] for c in cont])
+            logp, greedy = [[v] for v in logp], [[v] for v in greedy]
+            more = [j for j, c in enumerate(cont) if len(c) > 1]
+            if more:
+                logits = model.extend([cont[j][:-1] for j in more], cache, torch.tensor([rows[j] for j in more]))
+                later, hit = pick(logits, [t for j in more for t in cont[j][1:]])
+                sizes = [len(cont[j]) - 1 for j in more]
+                for j, a, b in zip(more, later.split(sizes), hit.split(sizes)):
+                    logp[j].extend(a)
+                    greedy[j].extend(b)
+                cache.rewind(mark)
+            for j, b in enumerate(rows):
+                out[todo[b][turn]] = float(sum(logp[j])), all(greedy[j])
+    return out
+
+
+def evaluate_task(model, tokenizer, items, protocol):
+    """Scores of one task's items -> {"acc", "acc_norm", "stderr", "n", "chance", ...}, perplexity for items without an answer."""
+    pairs = [encode_pair(tokenizer, a, b) for it in items for a, b in zip(it["contexts"], it["continuations"])]
+    scores, i = score_pairs(model, pairs, protocol), 0
+    acc, norm, sums = [], [], []
+    for it in items:
+        s = scores[i:i + len(it["contexts"])]
+        i += len(s)
+        if it["answer"] is None:
+            acc.append(float(s[0][1]))
+            sums.append(s[0][0])
+        else:
+            plain = [v for v, _ in s]
+            by_length = [v / max(len(c) - c.startswith(" "), 1) for v, c in zip(plain, it["continuations"])]
+            acc.append(float(plain.index(max(plain)) == it["answer"]))
+            norm.append(float(by_length.index(max(by_length)) == it["answer"]))
+    mean = lambda v: sum(v) / len(v) if v else None
+    got = {"acc": mean(acc), "acc_norm": mean(norm), "stderr": standard_error(acc), "n": len(items),
+           "chance": mean([0.0 if it["answer"] is None else 1 / len(it["contexts"]) for it in items]),
+           "items": [int(v) for v in acc], "items_norm": [int(v) for v in norm]}
+    return got | ({"ppl": math.exp(-mean(sums))} if sums else {})
+
+
+def nll(model, states, samples):
+    """Mean negative log-likelihood of the responses in nats per token, from their last hidden states."""
+    targets = [t for _, c in samples for t in c]
+    logp = [pick(model.logits(x), t)[0] for x, t in zip(states.split(512), [targets[i:i + 512] for i in range(0, len(targets), 512)])]
+    return -float(torch.cat(logp).mean())
+
+
+def evaluate_row(model, tokenizer, name, args, tasks, texts, samples, dense):
+    """All measurements of one row; `dense` is what the dense row left for comparison, None for itself."""
+    t, joint = time.time(), args.protocol == "joint"
+    row = {"name": name, "protocol": args.protocol, "tasks": {}, "ppl": {}}
+    states, owner = model.response_states(samples, joint=joint)
+    teacher = states if dense is None else dense["states"]
+    kl, same = [], []
+    for a, b in zip(teacher.split(512), states.split(512)):
+        za, zb = model.logits(a), model.logits(b)
+        kl.append(kl_divergence(za, zb))
+        same.append((za.argmax(-1) == zb.argmax(-1)).float())
+    items = by_sample(torch.cat(kl), owner)
+    row |= {"kl": float(items.mean()), "kl_stderr": standard_error(items.tolist()), "kl_items": [round(v, 5) for v in items.tolist()],
+            "top1_agreement": float(torch.cat(same).mean())}
+    row["ppl"]["responses"] = math.exp(nll(model, states, samples))
+    for text, wins in texts.items():
+        row["ppl"][text] = math.exp(nll(model, model.response_states(wins, joint=joint)[0], wins))
+    for task, things in tasks.items():
+        row["tasks"][task] = evaluate_task(model, tokenizer, things, args.protocol)
+    st = model.stats
+    row |= {"sparsity_target": model.schedule.mean if model.schedule else 0.0, "sparsity_prefill": st.mean("prefill"),
+            "sparsity_decode": st.mean("decode"), "sparsity_per_block": st.sparsity("prefill"),
+            "flops_saved_prefill": st.saved("prefill"), "flops_saved_total": st.saved("prefill", "decode")}
+    kept, fixed = [], []
+    for task, got in row["tasks"].items():
+        key = METRIC.get(task, "acc")
+        base = (dense or {"row": row})["row"]["tasks"][task]
+        mine, theirs = (got[key], base[key]) if got[key] is not None else (got["acc"], base["acc"])
+        if theirs > 0:
+            kept.append(mine / theirs)
+        if theirs > base["chance"]:
+            fixed.append((mine - base["chance"]) / (theirs - base["chance"]))
+    row |= {"retention": sum(kept) / len(kept) if kept else None,
+            "retention_chance_corrected": sum(fixed) / len(fixed) if fixed else None, "seconds": round(time.time() - t, 1)}
+    return row, states
+
+
+def table(rows, tasks, texts):
+    """The rows as lines of text."""
+    share = lambda v: "-" if v is None else f"{100 * v:.1f}"
+    head = ["row", "skip prefill", "skip decode", "FLOPs saved", "KL", "+-", "top-1", *(f"ppl {t}" for t in ("responses", *texts)), *tasks,
+            *(["retention", "corrected"] if tasks else [])]
+    lines = [head]
+    for r in rows:
+        lines.append([r["name"], share(r["sparsity_prefill"]), share(r["sparsity_decode"]), share(r["flops_saved_prefill"]), f"{r['kl']:.4f}",
+                      f"{r['kl_stderr']:.4f}", share(r["top1_agreement"]), *(f"{r['ppl'][t]:.2f}" for t in ("responses", *texts)),
+                      *(share(r["tasks"][t][METRIC.get(t, "acc")] if r["tasks"][t]["acc_norm"] is not None else r["tasks"][t]["acc"]) for t in tasks),
+                      *([share(r["retention"]), share(r["retention_chance_corrected"])] if tasks else [])])
+    width = [max(len(line[i]) for line in lines) for i in range(len(head))]
+    return "\n".join("  ".join(v.ljust(w) if i == 0 else v.rjust(w) for i, (v, w) in enumerate(zip(line, width))) for line in lines)
+
+
+def paired(a, b):
+    """Mean and standard error of the per-item difference a - b."""
+    d = [x - y for x, y in zip(a, b)]
+    return sum(d) / len(d), standard_error(d)
+
+
+def main():
+    p = Parser(__doc__).common(dtype="float32").routing()
+    p.add_argument("--schedule", default="out/schedule_ft.json", help="schedule of stage 1 or 3")
+    p.add_argument("--router", default="out/router.safetensors", help="router of stage 2")
+    p.add_argument("--rows", default="uniform,static,ftp,ftp_decode", help=f"comma list of {','.join(ROWS)}")
+    p.add_argument("--tasks", default="", help="comma list of task names (by datasets id) or name=file.jsonl")
+    p.add_argument("--text", default="self", help='comma list of texts for perplexity: "self", .txt, .jsonl, or datasets id[:config[:split]]')
+    p.add_argument("--context", type=int, default=256, help="routed tokens of a text window")
+    p.add_argument("--scored", type=int, default=64, help="scored tokens of a text window")
+    p.add_argument("--nwindows", type=int, default=100, help="text windows at most")
+    p.add_argument("--data", default="self", help="samples for KL, agreement and response perplexity (their held-out part)")
+    p.add_argument("--nsamples", type=int, default=None, help="held-out samples, default all")
+    p.add_argument("--max_response", type=int, default=64, help="response tokens used")
+    p.add_argument("--limit", type=int, default=None, help="items a task")
+    p.add_argument("--protocol", default="causal", choices=["causal", "joint"], help="see above")
+    p.add_argument("--decode_sparsity", type=float, default=None, help="calibrate ftp_decode to this mean sparsity instead of the schedule's")
+    args = p.parse_args()
+    names = [n for n in args.rows.split(",") if n and n != "dense"]
+    check(all(n in ROWS for n in names), f"--rows {args.rows}: unknown row; choose from {','.join(ROWS)}")
+    check(args.limit is None or args.limit > 0, f"--limit {args.limit}: must be at least 1")
+    check(args.context > 1 and args.scored > 0, "--context must be at least 2 and --scored at least 1")
+    tasks = dict(load_task(t, args.limit) for t in args.tasks.split(",") if t)
+    schedule = Schedule.load(args.schedule) if any(ROWS[n][0] for n in names) else None
+    router = Router.load(args.router) if any(ROWS[n][1] == "given" for n in names) else None
+    model, config = start(args)
+    for n in names:  # refuse artefacts of another model before the long work
+        model.use(schedule, router if ROWS[n][1] == "given" else "static")
+    tokenizer = load_tokenizer(args.model)
+    samples = load_samples(args.data, model, tokenizer, "heldout", args.nsamples, max_response=args.max_response)
+    texts = {}
+    for spec in filter(None, args.text.split(",")):
+        ids = tokenizer(load_text(spec), add_special_tokens=False)["input_ids"]
+        texts[spec.split("/")[-1]] = windows(ids, args.context, args.scored, args.nwindows)
+    rows, dense, out = [], None, f"{args.out_dir}/eval.json"
+    for name in ["dense", *names]:
+        which, chosen, decode = ROWS[name]
+        s = {"uniform": schedule and Schedule.uniform(model, schedule.mean), "given": schedule}.get(which)
+        r = router if chosen == "given" else chosen
+        routing = dict(kv=args.kv, one_pass=args.one_pass, prefill=args.prefill if isinstance(r, Router) else "topk", seed=args.seed)
+        model.use(s, r, **routing)
+        if decode == "threshold" and (args.decode_sparsity is not None or not model.thresholds):
+            model.calibrate_decode(load_samples(args.data, model, tokenizer, "train", 64, max_response=args.max_response), args.decode_sparsity)
+        elif decode != "dense":
+            model.use(s, r, decode=decode, **routing)
+        row, states = evaluate_row(model, tokenizer, name, args, tasks, texts, samples, dense)
+        dense = dense or {"row": row, "states": states}
+        rows.append(row)
+        save_json(out, {"format": "ftp-eval-1", "config": config, "rows": rows})
+        print(f"{name}: {row['seconds']} s", flush=True)
+    print(table(rows, tasks, texts))
+    by_name = {r["name"]: r for r in rows}
+    for other in ("uniform", "static"):
+        if "ftp" in by_name and other in by_name:
+            d, e = paired(by_name[other]["kl_items"], by_name["ftp"]["kl_items"])
+            by_name["ftp"][f"kl_gain_over_{other}"] = {"mean": d, "stderr": e, "n": len(samples)}
+            print(f"KL of {other} minus KL of ftp: {d:+.4f} +- {e:.4f} (paired, standard error over {len(samples)} samples)")
+    save_json(out, {"format": "ftp-eval-1", "config": config, "rows": rows})
+    print(f"-> {out}")
+
+
+if __name__ == "__main__":
+    run(main)
