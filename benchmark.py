@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common import Parser, check, run, start
+from common import Parser, check, routing_of, run, start
 from model_ftp import Config, FTPModel, Router, Schedule, find_model, save_json
 
 SHAPES = {  # vocab, hidden, intermediate, blocks, heads, kv heads, head_dim, tied
@@ -68,11 +68,10 @@ def peak_mb(device):
 class Ours:
     """The routed model under one setting."""
     def __init__(self, model, schedule=None, router="static", **routing):
-        self.model, self.setting = model, lambda: model.use(schedule, router, **routing)
+        self.model, self.ready = model, lambda: model.use(schedule, router, **routing)
         self.schedule, self.router, self.routing = schedule, router if isinstance(router, Router) else None, routing
 
     def prefill(self, ids):
-        self.setting()
         self.cache = self.model.new_cache(len(ids))
         return self.model.extend(ids, self.cache, prompt=True, last_only=True)
 
@@ -86,7 +85,9 @@ class Ours:
         """FLOPs of dense over FLOPs of this setting, for prefill and for one decoded token at its realised sparsity."""
         c, n = self.model.config, self.model.config.n_layer
         s = self.schedule.sparsity if self.schedule else [0.0] * n
-        prefill = c.prefill_flops(T, [0.0] * n) / c.prefill_flops(T, s, self.routing.get("kv", "drop"), self.router, self.model.score_window)
+        forecaster = self.routing.get("forecaster")
+        prefill = c.prefill_flops(T, [0.0] * n) / c.prefill_flops(T, s, self.routing.get("kv", "drop"), self.router, self.model.score_window,
+                                                                  forecast_rank=forecaster and forecaster.rank)
         st = self.model.stats
         if not decoded:
             return prefill, None
@@ -100,6 +101,9 @@ class Transformers:
     def __init__(self, folder, dtype, device):
         from transformers import AutoModelForCausalLM
         self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa").to(device).eval()
+
+    def ready(self):
+        pass
 
     @torch.inference_mode()
     def prefill(self, ids):
@@ -127,6 +131,7 @@ def measure(variants, T, B, n_decode, rounds, vocab, device):
     got = {name: {"prefill": [], "decode": []} for name in variants}
     for turn in range(rounds + 1):  # the first is the warm-up
         for name, v in variants.items():
+            v.ready()
             reset_peak(device)
             sync(device)
             t = time.perf_counter()
@@ -155,6 +160,7 @@ def measure(variants, T, B, n_decode, rounds, vocab, device):
 def router_share(variant, T, vocab):
     """Share of a routed prefill's time spent in routing and scores, by the profiler."""
     ids = torch.randint(3, vocab, (1, T), generator=torch.Generator().manual_seed(0)).tolist()
+    variant.ready()
     variant.prefill(ids)
     with torch.profiler.profile(activities=list(torch.profiler.supported_activities())) as prof, torch.profiler.record_function("whole"):
         variant.prefill(ids)
@@ -189,17 +195,16 @@ def main():
     model, config = start(args, (lambda dtype, device: synthetic(args.synthetic, dtype, device)) if args.synthetic else None)
     device, n = model.device, model.config.n_layer
     check(max(lengths) + args.n_decode <= model.config.max_len, f"--lengths {args.lengths}: longer than the model's {model.config.max_len}")
-    routing = dict(kv=args.kv, one_pass=args.one_pass, decode=args.decode)
+    routing, static = routing_of(args) | {"decode": args.decode}, routing_of(args, learned=False)
     variants = {"dense": Ours(model)}
     if schedule:
         if router:
-            variants["ftp"] = Ours(model, schedule, router, prefill=args.prefill, **routing)
-        variants["static"] = Ours(model, schedule, kv=args.kv)
+            variants["ftp"] = Ours(model, schedule, router, **routing)
+        variants["static"] = Ours(model, schedule, **static)
     for s in [] if schedule else sparsities:
-        variants[f"static {s:g}"] = Ours(model, Schedule.uniform(model, s), kv=args.kv)
+        variants[f"static {s:g}"] = Ours(model, Schedule.uniform(model, s), **static)
         if args.synthetic:  # an untrained router costs what a trained one does
-            variants[f"router {s:g}"] = Ours(model, Schedule.uniform(model, s), Router(model.config, model.fingerprint), kv=args.kv,
-                                             one_pass=args.one_pass)
+            variants[f"router {s:g}"] = Ours(model, Schedule.uniform(model, s), Router(model.config, model.fingerprint), **static)
     if args.peers:
         for s in [schedule.mean] if schedule else sparsities:
             gone = round(s * n)

@@ -1,6 +1,7 @@
 """What every stage shares: flags, the banner, seeds, dtype choice, progress, and how mistakes end."""
 import argparse
 import datetime
+import functools
 import platform
 import random
 import subprocess
@@ -13,7 +14,7 @@ import torch
 import transformers
 from tqdm import tqdm
 
-from model_ftp import FTPError, FTPModel
+from model_ftp import Forecaster, FTPError, FTPModel
 
 
 class Parser(argparse.ArgumentParser):
@@ -41,7 +42,18 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--prefill", default="topk", choices=["topk", "argmax"], help="prompt: quota, or the router's own decision")
         self.add_argument("--kv", default="drop", choices=["drop", "keep"], help="K/V of skipped tokens")
         self.add_argument("--one_pass", action="store_true", help="decide all blocks from the scores of block 0")
+        self.add_argument("--forecaster", default=None, help="forecast of skipped tokens (fit_forecaster.py), best with --kv keep")
         return self
+
+
+@functools.lru_cache
+def load_forecaster(path):
+    return Forecaster.load(path) if path else None
+
+
+def routing_of(args, learned=True):
+    """The routing() flags as keywords of FTPModel.use(); only a trained router can decide by argmax."""
+    return dict(prefill=args.prefill if learned else "topk", kv=args.kv, one_pass=args.one_pass, forecaster=load_forecaster(args.forecaster))
 
 
 def complain(e):

@@ -11,12 +11,13 @@ tokens. joint (the paper's): context and continuation are routed together, which
 """
 import math
 import time
+from pathlib import Path
 
 import torch
 
-from common import Parser, bar, check, run, start
+from common import Parser, bar, check, routing_of, run, start
 from data import encode_pair, load_samples, load_task, load_text, load_tokenizer, standard_error, windows
-from model_ftp import Router, Schedule, batches, by_sample, kl_divergence, save_json
+from model_ftp import Router, Schedule, Stats, batches, by_sample, kl_divergence, load_json, save_json
 
 METRIC = {"arc_challenge": "acc_norm", "hellaswag": "acc_norm", "openbook_qa": "acc_norm", "piqa": "acc_norm"}  # others: acc
 ROWS = {  # name: (schedule, router, decode)
@@ -109,7 +110,17 @@ def evaluate_row(model, tokenizer, name, args, tasks, texts, samples, dense):
     """All measurements of one row; `dense` is what the dense row left for comparison, None for itself."""
     t, joint = time.time(), args.protocol == "joint"
     row = {"name": name, "protocol": args.protocol, "tasks": {}, "ppl": {}}
+    total, realised = model.stats, {}
+
+    def account(data):
+        """Move what was counted since the last call to the totals, under the name of its data."""
+        st, model.stats = model.stats, Stats(model.config.n_layer)
+        realised[data] = {ph: st.mean(ph) for ph in ("prefill", "decode")}
+        total.add(st)
+
+    model.stats = Stats(model.config.n_layer)
     states, owner = model.response_states(samples, joint=joint)
+    account("responses")
     teacher = states if dense is None else dense["states"]
     kl, same = [], []
     for a, b in zip(teacher.split(512), states.split(512)):
@@ -122,11 +133,13 @@ def evaluate_row(model, tokenizer, name, args, tasks, texts, samples, dense):
     row["ppl"]["responses"] = math.exp(nll(model, states, samples))
     for text, wins in texts.items():
         row["ppl"][text] = math.exp(nll(model, model.response_states(wins, joint=joint)[0], wins))
+        account(text)
     for task, things in tasks.items():
         row["tasks"][task] = evaluate_task(model, tokenizer, things, args.protocol)
-    st = model.stats
+        account(task)
+    st = total
     row |= {"sparsity_target": model.schedule.mean if model.schedule else 0.0, "sparsity_prefill": st.mean("prefill"),
-            "sparsity_decode": st.mean("decode"), "sparsity_per_block": st.sparsity("prefill"),
+            "sparsity_decode": st.mean("decode"), "sparsity_per_block": st.sparsity("prefill"), "realised": realised,
             "flops_saved_prefill": st.saved("prefill"), "flops_saved_total": st.saved("prefill", "decode")}
     kept, fixed = [], []
     for task, got in row["tasks"].items():
@@ -179,6 +192,7 @@ def main():
     p.add_argument("--limit", type=int, default=None, help="items a task")
     p.add_argument("--protocol", default="causal", choices=["causal", "joint"], help="see above")
     p.add_argument("--decode_sparsity", type=float, default=None, help="calibrate ftp_decode to this mean sparsity instead of the schedule's")
+    p.add_argument("--resume", action="store_true", help="keep the rows that eval.json already holds from the same settings and commit")
     args = p.parse_args()
     names = [n for n in args.rows.split(",") if n and n != "dense"]
     check(all(n in ROWS for n in names), f"--rows {args.rows}: unknown row; choose from {','.join(ROWS)}")
@@ -188,6 +202,7 @@ def main():
     schedule = Schedule.load(args.schedule) if any(ROWS[n][0] for n in names) else None
     router = Router.load(args.router) if any(ROWS[n][1] == "given" for n in names) else None
     model, config = start(args)
+    made_by = lambda n: [schedule.id if ROWS[n][0] else None, router.id if ROWS[n][1] == "given" else None]
     for n in names:  # refuse artefacts of another model before the long work
         model.use(schedule, router if ROWS[n][1] == "given" else "static")
     tokenizer = load_tokenizer(args.model)
@@ -196,12 +211,19 @@ def main():
     for spec in filter(None, args.text.split(",")):
         ids = tokenizer(load_text(spec), add_special_tokens=False)["input_ids"]
         texts[spec.split("/")[-1]] = windows(ids, args.context, args.scored, args.nwindows)
-    rows, dense, out = [], None, f"{args.out_dir}/eval.json"
+    rows, dense, out, done = [], None, f"{args.out_dir}/eval.json", {}
+    if args.resume and Path(out).exists():
+        old = load_json(out, "ftp-eval-1", "--resume")
+        same = lambda c: {k: v for k, v in c["settings"].items() if k not in ("resume", "rows", "threads")} | {"commit": c["commit"]}
+        done = {r["name"]: r for r in old["rows"]} if same(old["config"]) == same(config) else {}
     for name in ["dense", *names]:
+        if name != "dense" and done.get(name, {}).get("artefacts") == made_by(name):  # the dense row runs again: the others are compared with its states
+            rows.append(done[name])
+            continue
         which, chosen, decode = ROWS[name]
         s = {"uniform": schedule and Schedule.uniform(model, schedule.mean), "given": schedule}.get(which)
         r = router if chosen == "given" else chosen
-        routing = dict(kv=args.kv, one_pass=args.one_pass, prefill=args.prefill if isinstance(r, Router) else "topk", seed=args.seed)
+        routing = (routing_of(args, isinstance(r, Router)) if s else {}) | {"seed": args.seed}
         model.use(s, r, **routing)
         if decode == "threshold" and (args.decode_sparsity is not None or not model.thresholds):
             model.calibrate_decode(load_samples(args.data, model, tokenizer, "train", 64, max_response=args.max_response), args.decode_sparsity)
@@ -209,7 +231,7 @@ def main():
             model.use(s, r, decode=decode, **routing)
         row, states = evaluate_row(model, tokenizer, name, args, tasks, texts, samples, dense)
         dense = dense or {"row": row, "states": states}
-        rows.append(row)
+        rows.append(row | {"artefacts": made_by(name)})
         save_json(out, {"format": "ftp-eval-1", "config": config, "rows": rows})
         print(f"{name}: {row['seconds']} s", flush=True)
     print(table(rows, tasks, texts))

@@ -9,8 +9,8 @@ thresholds are calibrated anew for the result and stored with it.
 import random
 from pathlib import Path
 
-from common import Parser, check, run, start
-from data import load_tokenizer
+from common import Parser, check, routing_of, run, start
+from data import load_samples, load_tokenizer
 from model_ftp import Router, Schedule
 from search_scheduler import GRAIN, Fitness, check_flags, data_pair, evolve, mutate, repair, search_flags, work
 
@@ -23,9 +23,10 @@ def main():
     check_flags(args)
     schedule, router = Schedule.load(args.schedule), Router.load(args.router)
     model, config = start(args)
-    routing = dict(prefill=args.prefill, kv=args.kv, one_pass=args.one_pass)
+    routing = routing_of(args)
     model.use(schedule, router, **routing)  # refuses artefacts of another model
-    fit, held = data_pair(args, model, load_tokenizer(args.model))
+    tokenizer = load_tokenizer(args.model)
+    fit, held = data_pair(args, model, tokenizer)
     rng, top = random.Random(args.seed), round(args.max_sparsity * GRAIN)
     total = round(schedule.mean * len(schedule.sparsity) * GRAIN)
     check(max(schedule.sparsity) * GRAIN <= top + 1e-6, f"--max_sparsity {args.max_sparsity}: the schedule has a block above it; raise it")
@@ -41,7 +42,7 @@ def main():
         best, after, diff = {"units": found}, before, diff * 0
     s = Schedule([u / GRAIN for u in best["units"]], model.fingerprint)
     model.use(s, router, **routing)
-    s.decode_threshold, s.router_id = model.calibrate_decode(fit), router.id
+    s.decode_threshold, s.router_id = model.calibrate_decode(load_samples(args.data, model, tokenizer, "train", 64, max_prompt=args.max_prompt)), router.id
     cost = work(fitness)
     s.meta = {**config, "method": "ga + router", "sparsity": schedule.mean, "from": schedule.id, "history": history, "work": cost,
               "kl_watch": float(after.mean()), "kl_watch_before": float(before.mean())}

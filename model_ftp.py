@@ -46,6 +46,16 @@ def save_json(path, obj):
     os.replace(tmp, path)
 
 
+def save_tensors(path, tensors, twin):
+    """Write path.safetensors (float32) and its readable JSON twin, each atomically."""
+    path = Path(path).with_suffix(".safetensors")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tmp = path.with_name(path.name + ".tmp")
+    save_file({k: v.detach().float().cpu().contiguous() for k, v in tensors.items()}, tmp)
+    os.replace(tmp, path)
+    save_json(path.with_suffix(".json"), twin)
+
+
 def load_json(path, kind, flag):
     """Read an artefact whose "format" is `kind`; FTPError names `flag` when it isn't one."""
     try:
@@ -141,6 +151,10 @@ class Config:
         """FLOPs of the attention scores of one block: `window` queries against `keys` keys."""
         return 2 * self.n_head * self.head_dim * window * keys
 
+    def forecast_flops(self, rank, tokens):
+        """FLOPs of the forecast of one block; all tokens take it, the computed ones then overwrite theirs."""
+        return 4 * self.hidden_size * rank * tokens
+
     def head_flops(self, positions):
         return 2 * self.vocab_size * self.hidden_size * positions
 
@@ -148,10 +162,11 @@ class Config:
         """Bytes of keys and values for `stored` token-block entries."""
         return 2 * self.n_kv_head * self.head_dim * stored * itemsize
 
-    def prefill_flops(self, T, sparsity, kv="drop", router=None, window=16, head=1):
+    def prefill_flops(self, T, sparsity, kv="drop", router=None, window=16, head=1, forecast_rank=None):
         """FLOPs of the prefill of one prompt of T tokens under a list of sparsities (method section 7).
 
         `router` adds its MLP and the scores (`window` queries a block); `head` counts the positions that get logits.
+        forecast_rank: rank of the forecaster, if one is in use.
         """
         total = self.head_flops(head)
         for l, s in enumerate(sparsity):
@@ -163,6 +178,8 @@ class Config:
                 total += self.block_flops(k, k * (k + 1) / 2)
             if router is not None and 0 < s < 1:
                 total += router.flops(T)
+            if forecast_rank and 0 < s < 1:
+                total += self.forecast_flops(forecast_rank, T)
             if router is not None and any(0 < v < 1 for v in sparsity[l + 1:]):  # a later decision reads its scores
                 total += self.score_flops(min(window, k), k)
         return total
@@ -291,12 +308,7 @@ class Router(nn.Module):
 
     def save(self, path):
         """router.safetensors, and a readable twin router.json."""
-        path = Path(path).with_suffix(".safetensors")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        tmp = path.with_name(path.name + ".tmp")
-        save_file({k: v.detach().float().cpu().contiguous() for k, v in self.state_dict().items()}, tmp)
-        os.replace(tmp, path)
-        save_json(path.with_suffix(".json"), {
+        save_tensors(path, self.state_dict(), {
             "format": "ftp-router-1", "fingerprint": self.fingerprint, "kind": self.kind, "inputs": list(self.inputs),
             "width": self.width, "score": self.score, "n_layer": self.n_layer, "hidden_size": self.hidden_size,
             "parameters": sum(p.numel() for p in self.parameters()), "id": self.id, "meta": self.meta})
@@ -313,6 +325,45 @@ class Router(nn.Module):
         except (KeyError, TypeError, RuntimeError, OSError, SafetensorError) as e:
             raise FTPError(f"--router: {path} is damaged or has no twin ({str(e).splitlines()[0]}); train it again") from None
         return r
+
+
+class Forecaster:
+    """Linear forecast of what a block would have added to a skipped token: x + (x @ a[l]) @ b[l] + c[l].
+
+    a (n_layer, d, rank), b (n_layer, rank, d), c (n_layer, d); rank 0 is the mean update alone. Made by fit_forecaster.py.
+    """
+    def __init__(self, a, b, c, fingerprint, meta=None):
+        self.a, self.b, self.c, self.fingerprint, self.meta = a, b, c, fingerprint, meta or {}
+
+    @property
+    def rank(self):
+        return self.a.shape[2]
+
+    def to(self, device, dtype):
+        return Forecaster(*(t.to(device, dtype) for t in (self.a, self.b, self.c)), self.fingerprint, self.meta)
+
+    def __call__(self, l, x):
+        """States after block l of tokens x (N, d) that skip it."""
+        x = x + self.c[l]
+        return torch.addmm(x, (x - self.c[l]) @ self.a[l], self.b[l]) if self.rank else x
+
+    def save(self, path):
+        save_tensors(path, {"a": self.a, "b": self.b, "c": self.c}, {
+            "format": "ftp-forecaster-1", "fingerprint": self.fingerprint, "rank": self.rank, "meta": self.meta})
+
+    @classmethod
+    def load(cls, path):
+        path = Path(path).with_suffix(".safetensors")
+        o = load_json(path.with_suffix(".json"), "ftp-forecaster-1", "--forecaster")
+        try:
+            with safe_open(path, "pt") as f:
+                t = {k: f.get_tensor(k) for k in "abc"}
+            (n, d, r), good = t["a"].shape, all(v.isfinite().all() for v in t.values())
+            if not good or t["b"].shape != (n, r, d) or t["c"].shape != (n, d):
+                raise ValueError("shapes or values are wrong")
+            return cls(t["a"], t["b"], t["c"], o["fingerprint"], o.get("meta"))
+        except (KeyError, ValueError, OSError, SafetensorError) as e:
+            raise FTPError(f"--forecaster: {path} is damaged ({str(e).splitlines()[0]}); fit it again") from None
 
 
 # ------------------------------------------------------------------------------------------------
@@ -335,16 +386,21 @@ class KVCache:
         old = self.len[l, slots]
         self.len[l, slots] = old + counts
         need = int(self.len[l].max())
+        if self.k[l] is None and len(slots) == self.rows and bool((counts == need).all()) and bool((slots.diff() == 1).all()):
+            self.k[l], self.v[l] = (t.unflatten(0, (self.rows, need)).transpose(1, 2) for t in (k, v))  # as it is, no copy
+            return
         if self.k[l] is None or need > self.k[l].shape[2]:
             cap = need + 32 if self.k[l] is None else max(need + 32, self.k[l].shape[2] * 5 // 4)  # amortised growth
             for store in (self.k, self.v):
-                new = torch.zeros(self.rows, self.config.n_kv_head, cap, self.config.head_dim,
-                                  dtype=self.dtype, device=self.device)
+                new = torch.zeros(self.rows, self.config.n_kv_head, cap, self.config.head_dim, dtype=self.dtype, device=self.device)
                 if store[l] is not None:
                     new[:, :, :store[l].shape[2]] = store[l]
                 store[l] = new
-        row = slots.repeat_interleave(counts)
-        col = torch.arange(len(row)) + (old - counts.cumsum(0) + counts).repeat_interleave(counts)
+        if len(k) == len(slots) and bool((counts == 1).all()):
+            row, col = slots, old
+        else:
+            row = slots.repeat_interleave(counts)
+            col = torch.arange(len(row)) + (old - counts.cumsum(0) + counts).repeat_interleave(counts)
         row, col = row.to(self.device), col.to(self.device)
         self.k[l][row, :, col] = k
         self.v[l][row, :, col] = v
@@ -475,7 +531,7 @@ class Block(nn.Module):
                              │        │                       │                            ▲   │                  ▲  │
                              │        └───────────────────────┼────────────────────────────┘   └──────────────────┘  │
                              │                                └─ K/V of kept tokens to the cache (keep: of all)      ▼
-                             └─ rows skipped ───────────────────────────── unchanged ──────────────────────────► scatter ─► x
+                             └─ rows skipped ────────────────────── unchanged, or forecast ────────────────────► scatter ─► x
 
     forward is what inference runs; masked is the reference of the same function, on all rows, with gradients.
     """
@@ -506,8 +562,8 @@ class Block(nn.Module):
         a = self.norm2(h)
         return h + self.down(F.silu(self.gate(a)) * self.up(a))
 
-    def forward(self, p, keep, kv, score):
-        """Run the kept rows of p.x; returns the Pass after this block.
+    def forward(self, p, keep, kv, score, forecaster=None):
+        """Run the kept rows of p.x; returns the Pass after this block. Skipped rows are unchanged, or forecast.
 
         kv "drop" or "keep": whether skipped tokens offer a key and value. score: W or "mean" to refresh the
         score table, None when no later decision reads it.
@@ -526,8 +582,10 @@ class Block(nn.Module):
         if p.cache is not None:
             past = p.cache.len[self.l, p.slots]
             p.cache.append(self.l, p.slots, stored, k, v)
+        if forecaster is not None and rows is not None:
+            x = forecaster(self.l, x)
         if len(h) == 0:
-            return p
+            return p.next(x=x)
         if p.has_past:
             att, p = self.attend_past(p, keep, q, past, at, score)
         else:
@@ -611,7 +669,7 @@ class Block(nn.Module):
             i, j = i + b * c, j + b * m
         return p.next(score=score, rank=rank)
 
-    def masked(self, p, keep, kv, score):
+    def masked(self, p, keep, kv, score, forecaster=None):
         """The same function on all rows, with 0/1 gates instead of gathers; gates carry straight-through gradients.
 
         A skipped token's row is still computed (it sees its own key), so that its gate learns what the skip loses.
@@ -636,7 +694,8 @@ class Block(nn.Module):
                 wide = kv == "keep" or rows is None
                 p = self.observe(p, keep, q if rows is None else q[rows], k if wide else k[rows],
                                  p.counts if wide else keep.counts, p.local[rows] if wide and rows is not None else None, score)
-        return p.next(x=x + gate.to(x.dtype)[:, None] * (self.rest(x, torch.cat(out)) - x))
+        skipped = x if forecaster is None else forecaster(self.l, x)
+        return p.next(x=skipped + gate.to(x.dtype)[:, None] * (self.rest(x, torch.cat(out)) - skipped))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -649,6 +708,13 @@ class Stats:
         self.total = {"prefill": 0, "decode": 0}
         self.flops = {"prefill": 0.0, "decode": 0.0}
         self.dense_flops = {"prefill": 0.0, "decode": 0.0}
+
+    def add(self, other):
+        """Count what `other` counted, too."""
+        for ph in ("prefill", "decode"):
+            self.kept[ph] = [a + b for a, b in zip(self.kept[ph], other.kept[ph])]
+            for mine, theirs in ((self.total, other.total), (self.flops, other.flops), (self.dense_flops, other.dense_flops)):
+                mine[ph] += theirs[ph]
 
     def sparsity(self, phase):
         """Share of tokens that skipped, a list over blocks; None before any token of that phase."""
@@ -742,7 +808,7 @@ class FTPModel(nn.Module):
     # -- routing
 
     def use(self, schedule=None, router="static", *, prefill="topk", decode="dense", kv="drop", one_pass=False, score=None,
-            seed=0):
+            forecaster=None, seed=0):
         """Set how tokens are routed from now on; use() alone goes back to dense. Returns self.
 
         schedule: Schedule or path. router: Router or path, "static" (position only), "random", "attention" (by score), or any
@@ -750,6 +816,7 @@ class FTPModel(nn.Module):
         prefill: "topk" (each block keeps its quota) or "argmax" (the router's own decision, as in the paper).
         decode: "dense", "threshold" (calibrated), or "rule" (the paper's: skip blocks with s > 0.5). kv: "drop" or "keep" the K/V of skipped
         tokens. one_pass: decide all blocks from the scores of block 0. score: window W or "mean" (default: the router's).
+        forecaster: Forecaster or path; skipped tokens then take its forecast instead of staying as they are.
         """
         schedule = Schedule.load(schedule) if isinstance(schedule, (str, Path)) else schedule
         if isinstance(router, (str, Path)) and router not in ("static", "random", "attention"):
@@ -771,6 +838,13 @@ class FTPModel(nn.Module):
                     thresholds = schedule.decode_threshold
                 elif router.meta.get("schedule_id") == schedule.id:
                     thresholds = router.meta.get("decode_threshold")
+        if isinstance(forecaster, (str, Path)):
+            forecaster = Forecaster.load(forecaster)
+        if forecaster is not None:
+            check_fingerprint(forecaster.fingerprint, self.fingerprint, "--forecaster: it")
+            if forecaster.c.device != self.device or forecaster.c.dtype != self.dtype:
+                forecaster = forecaster.to(self.device, self.dtype)
+        self.forecaster = forecaster
         if prefill == "argmax" and not learned:
             raise FTPError("--prefill argmax: only a trained router decides by argmax; give --router, or --prefill topk")
         if decode == "threshold" and thresholds is None and schedule is not None:
@@ -894,22 +968,22 @@ class FTPModel(nn.Module):
         if self.schedule and self.schedule.sparsity[l] >= 1:
             return p
         run = self.blocks[l].masked if masked else self.blocks[l]
-        return run(p, keep, self.kv, self.score_window if self.reads_scores(l) else None)
+        return run(p, keep, self.kv, self.score_window if self.reads_scores(l) else None, self.forecaster)
 
     def count(self, l, p, keep):
         """Add block l of a pass to the realised sparsity and FLOPs."""
         c, st = self.config, self.stats
         removed = self.schedule is not None and self.schedule.sparsity[l] >= 1
         kv_only = self.kv == "keep" and keep.rows is not None and not removed
-        a, b = keep.set_counts, keep.counts - keep.set_counts
-        kept = [int(a.sum()), int(b.sum())]
+        sets = keep.set_counts.tolist()
+        singles = [n - m for n, m in zip(keep.counts.tolist(), sets)]
+        kept, total = (sum(sets), sum(singles)), (sum(p.n_set), sum(p.n) - sum(p.n_set))
         if kv_only:
-            seen, sets = p.pos[keep.rows] + 1, p.in_set[keep.rows]
-            pairs = [float(seen[sets].sum()), float(seen[~sets].sum())]
+            seen, in_set = p.pos[keep.rows] + 1, p.in_set[keep.rows]
+            pairs = float(seen[in_set].sum()), float(seen[~in_set].sum())
         else:
-            before = a + (p.cache.len[l, p.slots] if p.has_past else 0)
-            pairs = [float((a * (a + 1)).sum()) / 2, float((b * before + b * (b + 1) / 2).sum())]
-        total = [int(p.set_counts.sum()), int((p.counts - p.set_counts).sum())]
+            past = p.cache.len[l, p.slots].tolist() if p.has_past else [0] * len(sets)
+            pairs = (sum(m * (m + 1) for m in sets) / 2, sum(n * (m + h) + n * (n + 1) / 2 for n, m, h in zip(singles, sets, past)))
         learned = isinstance(self.router, Router) and keep.rows is not None and not removed
         for i, ph in enumerate(("prefill", "decode")):
             st.kept[ph][l] += kept[i]
@@ -917,11 +991,13 @@ class FTPModel(nn.Module):
                 st.total[ph] += total[i]
             st.dense_flops[ph] += c.block_flops(total[i], p.dense_pairs[i])
             st.flops[ph] += c.block_flops(kept[i], pairs[i], (total[i] - kept[i]) * kv_only)
+            if self.forecaster is not None and keep.rows is not None and not removed:
+                st.flops[ph] += c.forecast_flops(self.forecaster.rank, total[i])
             if learned and (i == 0 or self.decode == "threshold"):
                 st.flops[ph] += self.router.flops(total[i])
         if self.reads_scores(l):
-            w = a if self.score_window == "mean" else a.clamp(max=self.score_window)
-            st.flops["prefill"] += c.score_flops(1, float((w * a).sum()))
+            width = math.inf if self.score_window == "mean" else self.score_window
+            st.flops["prefill"] += c.score_flops(1, sum(min(m, width) * m for m in sets))
 
     def logits(self, x):
         """Next-token logits (M, vocab) of hidden states x (M, d) as they leave the last block."""

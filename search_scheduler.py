@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from common import Parser, bar, check, run, start
+from common import Parser, bar, check, routing_of, run, start
 from data import load_samples, load_tokenizer
 from model_ftp import Schedule, batches, by_sample, kl_divergence, load_json, response_rows, save_json
 
@@ -216,7 +216,7 @@ def data_pair(args, model, tokenizer):
 
 
 def main():
-    p = search_flags(Parser(__doc__).common(), evaluations=150, move=0.3)
+    p = search_flags(Parser(__doc__).common().routing(), evaluations=150, move=0.3)
     p.add_argument("--sparsity", type=float, default=0.30, help="target: mean share of tokens that skip a block")
     p.add_argument("--method", default="ga", choices=["ga", "uniform", "bi"], help="genetic search, or a plain allocation")
     args = p.parse_args()
@@ -230,10 +230,14 @@ def main():
     fit, held = data_pair(args, model, tokenizer)
     bi = block_influence(model, fit)
     uniform, by_bi = allocate([1.0] * L, total, top, rng), allocate([1 / b for b in bi], total, top, rng)
-    fitness, watch = Fitness(model, fit), Fitness(model, held, max_entries=0)
+    routing = routing_of(args, learned=False)
+    fitness, watch = Fitness(model, fit, **routing), Fitness(model, held, max_entries=0, **routing)
     history = []
     if args.method == "ga":
         known = [uniform, by_bi] + [allocate([1 + slope * l / L for l in range(L)], total, top, rng) for slope in (0.2, 0.5, 2.0)]
+        for first in (4, L // 3, L // 2, 2 * L // 3):  # the last blocks alone: good where skipped tokens keep their K/V
+            if total <= top * (L - first):
+                known.append(allocate([float(l >= first) or 1e-9 for l in range(L)], total, top, rng))
         known.append(repair([(a + b) / 2 for a, b in zip(uniform, by_bi)], total, top, rng))
         noise = [repair([v * rng.uniform(1 - a, 1 + a) for v in rng.choice(known)], total, top, rng)
                  for a in (0.1, 0.3, 0.7) for _ in range(args.population)]

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from common import Parser, bar, check, run, start
+from common import Parser, bar, check, routing_of, run, start
 from data import load_samples, load_tokenizer
 from model_ftp import FACTORS, FTPError, Router, Schedule, by_quota, by_sample, kl_divergence, load_json, response_rows, save_json
 
@@ -196,7 +196,7 @@ def main():
     kw = dict(max_prompt=args.max_prompt, max_response=args.max_response, seed=args.seed)
     samples = load_samples(args.data, model, tokenizer, "train", args.nsamples, **kw)
     held = load_samples(args.data, model, tokenizer, "watch", args.nwatch, **kw)
-    routing = dict(prefill=args.prefill, kv=args.kv, one_pass=args.one_pass)
+    routing, fixed = routing_of(args), routing_of(args, learned=False)
     router = Router(model.config, model.fingerprint, args.router_kind, tuple(args.inputs.split(",")), args.width,
                     args.score if args.score == "mean" else int(args.score)).to(model.device)
     model.use(schedule, router, **routing)
@@ -206,7 +206,7 @@ def main():
     teacher, owner = model.response_states(samples)                  # what the frozen teacher gives, once
     teacher = [teacher[owner == i] for i in range(len(samples))]
     held_teacher, _ = model.response_states(held)
-    static = routed_kl(model, held, held_teacher, schedule, "static", decode="dense", kv=args.kv)
+    static = routed_kl(model, held, held_teacher, schedule, "static", **fixed)
     print(f"{len(samples)} training samples, {sum(map(len, teacher))} response tokens; teacher ran in {time.time() - t:.0f} s; "
           f"watched KL with the static router {static.mean():.4f}", flush=True)
 
@@ -221,16 +221,16 @@ def main():
         if args.guide == "search":
             few = samples[:args.guide_samples]
             aim = torch.cat(teacher[:len(few)])
-            guide, tried = search_guide(lambda o: float(routed_kl(model, few, aim, schedule, o, kv=args.kv, one_pass=args.one_pass).mean()),
+            guide, tried = search_guide(lambda o: float(routed_kl(model, few, aim, schedule, o, **fixed).mean()),
                                         args.guide_evals, rng)
-            watched = routed_kl(model, held, held_teacher, schedule, guide, kv=args.kv, one_pass=args.one_pass).mean()
+            watched = routed_kl(model, held, held_teacher, schedule, guide, **fixed).mean()
             print(f"guide: KL {min(tried):.4f} (static order {tried[0]:.4f}) after {len(tried)} orders, watched {watched:.4f}; "
                   f"curve {[round(v, 2) for v in guide.curve]}, "
                   f"weights {[round(v, 2) for v in guide.weights]}, head {guide.head}, tail {guide.tail}", flush=True)
             if watched > static.mean():
                 print("the static order is better on the watched samples: it stays the guide")
                 guide = Order.static()
-        model.use(schedule, guide, kv=args.kv, one_pass=args.one_pass)
+        model.use(schedule, guide, **fixed)
         entropy = warm_up(router, model, guide, samples[:16], args.warmup)
         print(f"guide warm-up: cross-entropy {entropy:.4f} after {args.warmup} steps", flush=True)
 

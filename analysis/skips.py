@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import matplotlib
 import torch
 
-from common import Parser, run, start
+from common import Parser, routing_of, run, start
 from data import load_samples, load_tokenizer, render
 from model_ftp import save_json
 
@@ -27,7 +27,7 @@ def main():
     p.add_argument("--longest", type=int, default=160, help="longest held-out prompt shown, tokens")
     args = p.parse_args()
     model, config = start(args)
-    routing = dict(prefill=args.prefill, kv=args.kv, one_pass=args.one_pass)
+    routing = routing_of(args)
     model.use(args.schedule, args.router, **routing)  # refuses unfit artefacts before any work
     tokenizer = load_tokenizer(args.model)
     ids = render(tokenizer, args.prompt) if args.prompt else max(

@@ -5,16 +5,21 @@ import pytest
 import torch
 from conftest import SHAPES, make_router, tokens
 
-from model_ftp import Config, FTPError, FTPModel, KVCache, Router, Schedule, quota
+from model_ftp import Config, Forecaster, FTPError, FTPModel, KVCache, Router, Schedule, quota
 
 MODES = [dict(router="static"), dict(router="static", decode="rule"), dict(router="random"), dict(router="attention"),
          dict(router="learned", decode="threshold"), dict(router="learned"), dict(router="learned", prefill="argmax", decode="threshold"),
          dict(router="learned", one_pass=True, decode="threshold"), dict(router="learned", score="mean", decode="threshold"),
          dict(router="hidden", decode="threshold"), dict(router="local", decode="threshold"),
-         dict(router="recurrent", decode="threshold")]
+         dict(router="recurrent", decode="threshold"), dict(router="static", forecaster=True),
+         dict(router="learned", decode="threshold", forecaster=True)]
 
 
 def use(model, schedule, router, **kw):
+    if kw.get("forecaster"):
+        g = torch.Generator().manual_seed(3)
+        draw = lambda *n: 0.2 * torch.randn(*n, generator=g)
+        kw["forecaster"] = Forecaster(draw(6, 32, 4), draw(6, 4, 32), draw(6, 32), model.fingerprint)
     if router in ("learned", "hidden", "local", "recurrent"):
         made = {"learned": {}, "hidden": dict(inputs=("position", "score", "rank", "sparsity", "hidden")),
                 "local": dict(kind="local"), "recurrent": dict(kind="recurrent")}[router]
@@ -137,10 +142,11 @@ def test_quota_is_met_and_counted(tiny, routed, schedule):
     want = [1 - (quota(50, s) + quota(33, s)) / 83 for s in schedule.sparsity]
     assert model.stats.sparsity("prefill") == pytest.approx(want)
     assert abs(model.stats.mean("prefill") - schedule.mean) < 0.02
-    one = model.use(model.schedule, model.router, kv=model.kv)
+    one = model.use(model.schedule, model.router, kv=model.kv, forecaster=model.forecaster)
     one.score_rows([tokens(50, 1)], [50])
     if model.router == "static" or (isinstance(model.router, Router) and model.kv == "drop"):  # else the pairs depend on who is kept
-        cost = [model.config.prefill_flops(50, s, model.kv, model.router if isinstance(model.router, Router) else None, head=0)
+        cost = [model.config.prefill_flops(50, s, model.kv, model.router if isinstance(model.router, Router) else None, head=0,
+                                           forecast_rank=model.forecaster and 4)
                 if s is not None else model.config.prefill_flops(50, [0] * 6, head=0) for s in (schedule.sparsity, None)]
         assert one.stats.flops["prefill"] == pytest.approx(cost[0])
         assert one.stats.saved("prefill") == pytest.approx(1 - cost[0] / cost[1])
@@ -255,6 +261,33 @@ def test_artifacts_round_trip(tiny, schedule, tmp_path):
     tiny.use(tmp_path / "schedule.json", tmp_path / "router.safetensors", decode="threshold")
     assert tiny.thresholds == r.meta["decode_threshold"]
     tiny.use()
+
+
+def test_forecaster_is_the_least_squares_fit(tiny, tmp_path):
+    """The closed form from moments against torch's lstsq on the raw rows; rank 0 is the mean update; a full-rank fit of a linear
+    block is exact; and the files round-trip."""
+    from fit_forecaster import error, moments, solve
+    samples = [(tokens(30, i), tokens(20, 100 + i)) for i in range(20)]
+    xx, xy, yy, n = moments(tiny, samples)
+    rows = []
+    for a, b in samples:
+        p = tiny.begin([a + b], [30])
+        rows.append((p.x[1:], (tiny.step(0, p).x - p.x)[1:]))
+    x, y = (torch.cat(t).double() for t in zip(*rows))
+    assert n == len(x) == 20 * 49
+    a, b, c, ridge, e = solve(xx[0], xy[0], yy[0], (xx[0], xy[0], yy[0]), 32)
+    want = torch.linalg.lstsq(torch.cat((x, torch.ones(n, 1)), 1), y).solution
+    best = float((torch.cat((x, torch.ones(n, 1)), 1) @ want - y).square().sum() / y.square().sum())
+    assert e == pytest.approx(best, rel=1e-2) and ridge == 1e-4
+    got = x + x @ a @ b + c
+    assert float((got - x - y).square().sum() / y.square().sum()) == pytest.approx(e, rel=1e-4)
+    low = [solve(xx[0], xy[0], yy[0], (xx[0], xy[0], yy[0]), r)[4] for r in (0, 4, 16, 32)]
+    assert low == sorted(low, reverse=True) and low[0] == pytest.approx(float(y.var(0, correction=0).sum() * n / y.square().sum()), rel=1e-4)
+    assert error(want, xx[0], xy[0], yy[0]) == pytest.approx(best, rel=1e-3)
+    f = Forecaster(a[None].float().repeat(6, 1, 1), b[None].float().repeat(6, 1, 1), c[None].float().repeat(6, 1), tiny.fingerprint)
+    f.save(tmp_path / "f.safetensors")
+    g = Forecaster.load(tmp_path / "f.safetensors")
+    assert torch.equal(f.a, g.a) and torch.allclose(g(0, x.float()).double(), got, atol=1e-3)
 
 
 def test_refusals(tiny, folder, schedule, tmp_path):

@@ -176,9 +176,12 @@ def test_shared_work_changes_nothing(workshop):
 
 def test_evaluation(made, workshop, tmp_path):
     d = workshop[1]
-    got = call("evaluate.py", *common(workshop, tmp_path)[0], *common(workshop, tmp_path)[1], "--schedule", made / "schedule_ft.json",
-               "--router", made / "router.safetensors", "--rows", "uniform,static,ftp,ftp_decode,rule,random,attention", "--text", d / "book.txt",
-               "--context", 48, "--scored", 16, "--tasks", f"mine={d}/task.jsonl,winogrande={d}/partial.jsonl,lambada={d}/lambada.jsonl")
+    words = ["evaluate.py", *common(workshop, tmp_path)[0], *common(workshop, tmp_path)[1], "--schedule", made / "schedule_ft.json",
+             "--router", made / "router.safetensors", "--text", d / "book.txt", "--context", 48, "--scored", 16,
+             "--tasks", f"mine={d}/task.jsonl,winogrande={d}/partial.jsonl,lambada={d}/lambada.jsonl"]
+    call(*words, "--rows", "uniform")
+    got = call(*words, "--rows", "uniform,static,ftp,ftp_decode,rule,random,attention", "--resume")
+    assert "dense: " in got.stdout and "uniform: " not in got.stdout  # it was there
     assert "KL of uniform minus KL of ftp" in got.stdout
     o = json.loads((tmp_path / "eval.json").read_text())
     rows = {r["name"]: r for r in o["rows"]}
