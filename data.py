@@ -92,7 +92,7 @@ def load_samples(data, model, tokenizer, split="train", nsamples=None, max_promp
     """[(prompt ids, response ids)] of one of the three disjoint SPLITS, shuffled by `seed`.
 
     data: "self", an Alpaca-form .json/.jsonl file, or a `datasets` id. Prompts beyond max_prompt tokens are left out,
-    never cut; responses are cut at max_response.
+    never cut; responses are cut at max_response. Items with "text" alone give windows of max_prompt + max_response tokens.
     """
     if data == "self":
         rows = self_responses(model, tokenizer)
@@ -102,12 +102,18 @@ def load_samples(data, model, tokenizer, split="train", nsamples=None, max_promp
     for i, r in enumerate(rows):
         if i % 4 not in SPLITS[split]:
             continue
+        if "instruction" not in r and "text" in r:  # plain text: its beginning is the prompt, what follows the response
+            ids = tokenizer(r["text"], add_special_tokens=False)["input_ids"]
+            context = min(max_prompt, len(ids) - max_response)
+            out += windows(ids, context, max_response) if context >= max_response else []
+            continue
         check("instruction" in r and ("output" in r or "response_ids" in r), f"--data: item {i} of {data} lacks instruction or output")
         prompt = render(tokenizer, r["instruction"], r.get("input") or "")
         response = r["response_ids"] if "response_ids" in r else tokenizer(r["output"], add_special_tokens=False)["input_ids"]
         if len(prompt) <= max_prompt and len(response) >= min_response:
             out.append((prompt, response[:max_response]))
-    check(out, f"--data: no usable item in {data}; items need an instruction and an output of at least {min_response} tokens")
+    check(out, f"--data: no usable item in {data}; items need an instruction of at most {max_prompt} tokens and an output of at least "
+               f"{min_response}, or a text")
     random.Random(seed).shuffle(out)
     return out[:nsamples]
 

