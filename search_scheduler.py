@@ -240,13 +240,20 @@ def main():
     check(0 < args.sparsity < 1, f"--sparsity {args.sparsity}: must lie between 0 and 1")
     model, config = start(args)
     L, rng, out = model.config.n_layer, random.Random(args.seed), args.out_dir
+    top = round(args.max_sparsity * GRAIN)
+
+    def budget(sparsity):
+        total = round(sparsity * L * GRAIN)
+        check(total <= top * (L - 1), f"--sparsity {sparsity}: out of reach with --max_sparsity {args.max_sparsity} and block 0 dense; lower it")
+        return total
+
+    total = budget(args.sparsity)
     tokenizer, routing = load_tokenizer(args.model), routing_of(args, learned=False)
     fit, held = data_pair(args, model, tokenizer)
     if args.flops_saved is not None:
         args.sparsity = sparsity_for(model.config, args.flops_saved, round(sum(len(a) for a, _ in fit) / len(fit)), routing)
+        total = budget(args.sparsity)
         print(f"{args.flops_saved:.1%} of block FLOPs saved take a mean sparsity of {args.sparsity:.4f} with this K/V policy and forecaster")
-    total, top = round(args.sparsity * L * GRAIN), round(args.max_sparsity * GRAIN)
-    check(total <= top * (L - 1), f"--sparsity {args.sparsity}: out of reach with --max_sparsity {args.max_sparsity} and block 0 dense; lower it")
     bi = block_influence(model, fit)
     uniform, by_bi = allocate([1.0] * L, total, top, rng), allocate([1 / b for b in bi], total, top, rng)
     fitness, watch = Fitness(model, fit, **routing), Fitness(model, held, max_entries=0, **routing)
