@@ -13,6 +13,7 @@ from common import bar, check
 from model_ftp import HOME, FTPError, find_model
 
 PROMPTS = Path(__file__).parent / "prompts.jsonl"
+PIECE = 8000  # characters of a long text that go to one split together
 SPLITS = {"train": (0, 1), "watch": (2,), "heldout": (3,)}  # of every four items: fit, early stopping, evaluation
 
 
@@ -91,11 +92,25 @@ def self_responses(model, tokenizer, seed=0, max_new_tokens=64, temperature=0.7,
 def load_samples(data, model, tokenizer, split="train", nsamples=None, max_prompt=512, max_response=64, min_response=8, seed=0):
     """[(prompt ids, response ids)] of one of the three disjoint SPLITS, shuffled by `seed`.
 
-    data: "self", an Alpaca-form .json/.jsonl file, or a `datasets` id. Prompts beyond max_prompt tokens are left out,
-    never cut; responses are cut at max_response. Items with "text" alone give windows of max_prompt + max_response tokens.
+    data: "self", an Alpaca-form .json/.jsonl file, a .txt, or a `datasets` id; or several with commas between, of which each gives its
+    share of nsamples. Prompts beyond max_prompt tokens are left out, never cut; responses are cut at max_response. Plain text (items
+    with "text" alone) gives windows of max_prompt + max_response tokens.
     """
+    out, sources = [], data.split(",")
+    for k, source in enumerate(sources):
+        share = None if nsamples is None else nsamples * (k + 1) // len(sources) - nsamples * k // len(sources)
+        out += samples_of(source, model, tokenizer, split, max_prompt, max_response, min_response, random.Random(seed))[:share]
+    random.Random(seed).shuffle(out)
+    return out
+
+
+def samples_of(data, model, tokenizer, split, max_prompt, max_response, min_response, rng):
+    """The samples of one source, in the order that rng gives them."""
     if data == "self":
         rows = self_responses(model, tokenizer)
+    elif Path(data).suffix == ".txt":
+        text = load_text(data, "--data")
+        rows = [{"text": text[i:i + PIECE]} for i in range(0, len(text), PIECE)]
     else:
         rows = read_rows(data) if Path(data).exists() else list(from_hub(data, None, "train", "--data"))
     out = []
@@ -114,8 +129,8 @@ def load_samples(data, model, tokenizer, split="train", nsamples=None, max_promp
             out.append((prompt, response[:max_response]))
     check(out, f"--data: no usable item in {data}; items need an instruction of at most {max_prompt} tokens and an output of at least "
                f"{min_response}, or a text")
-    random.Random(seed).shuffle(out)
-    return out[:nsamples]
+    rng.shuffle(out)
+    return out
 
 
 # ------------------------------------------------------------------------------------------------

@@ -158,14 +158,15 @@ def evaluate_row(model, tokenizer, name, args, tasks, texts, samples, dense):
 def table(rows, tasks, texts):
     """The rows as lines of text."""
     share = lambda v: "-" if v is None else f"{100 * v:.1f}"
+    odds = [t for t in tasks if any("ppl" in r["tasks"][t] for r in rows)]  # tasks with a word to find: their perplexity says more
     head = ["row", "skip prefill", "skip decode", "FLOPs saved", "KL", "+-", "top-1", *(f"ppl {t}" for t in ("responses", *texts)), *tasks,
-            *(["retention", "corrected"] if tasks else [])]
+            *(f"ppl {t}" for t in odds), *(["retention", "corrected"] if tasks else [])]
     lines = [head]
     for r in rows:
         lines.append([r["name"], share(r["sparsity_prefill"]), share(r["sparsity_decode"]), share(r["flops_saved_prefill"]), f"{r['kl']:.4f}",
                       f"{r['kl_stderr']:.4f}", share(r["top1_agreement"]), *(f"{r['ppl'][t]:.2f}" for t in ("responses", *texts)),
                       *(share(r["tasks"][t][METRIC.get(t, "acc")] if r["tasks"][t]["acc_norm"] is not None else r["tasks"][t]["acc"]) for t in tasks),
-                      *([share(r["retention"]), share(r["retention_chance_corrected"])] if tasks else [])])
+                      *(f"{r['tasks'][t]['ppl']:.2f}" for t in odds), *([share(r["retention"]), share(r["retention_chance_corrected"])] if tasks else [])])
     width = [max(len(line[i]) for line in lines) for i in range(len(head))]
     return "\n".join("  ".join(v.ljust(w) if i == 0 else v.rjust(w) for i, (v, w) in enumerate(zip(line, width))) for line in lines)
 

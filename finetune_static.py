@@ -34,7 +34,7 @@ def main():
     fitness, watch = Fitness(model, fit, router, **routing), Fitness(model, held, router, max_entries=0, **routing)
     others = [mutate(found, total, top, rng, args.move * GRAIN) for _ in range(args.population - 1)]
     settings = {k: v for k, v in vars(args).items() if k not in ("resume", "evaluations", "threads", "out_dir")}
-    best, history = evolve(fitness, watch, [found, *others], total, args, Path(args.out_dir) / "finetune_state.json",
+    best, history = evolve(fitness, watch, [found, *others], total, top, args, Path(args.out_dir) / "finetune_state.json",
                            settings | {"schedule_id": schedule.id, "router_id": router.id})
     before, after = watch.items(found), watch.items(best["units"])
     diff = before - after

@@ -1,101 +1,125 @@
 """Fit the forecast of skipped blocks in closed form: what a block adds to a token, as a low-rank linear map of the token's state.
 
     python fit_forecaster.py                                        # -> out/forecaster.safetensors, out/forecaster.json
-    python fit_forecaster.py --rank 16 --data tatsu-lab/alpaca --nsamples 400
+    python fit_forecaster.py --data self,book.txt --rank 128
+    python fit_forecaster.py --schedule out/schedule.json           # again, on the states that this schedule leads to
 
-Reduced-rank ridge regression, block by block, from one streaming pass of the dense model over calibration samples: only sums of
-products (float64) are kept, so memory does not grow with the tokens. The ridge is the one of lowest error on held-out samples. No
-gradient step. Routing by what can be forecast is known (Informed Routing, arXiv 2510.13831, a forecaster trained by gradient; SwiftKV
-takes later blocks' K/V from an earlier state); fitted in closed form under FTP's scheduler and router it is new as far as we know.
+Reduced-rank ridge regression, block by block, against the dense model: from the states that routing with the forecasts of the blocks
+before leads to (they drift: a forecast fitted on dense states measures worse), to the dense model's next state and its keys and values.
+Without --schedule the states come from random schedules. A block's sums of products (float64) are all that is kept of it; the ridge is
+the one of lowest error on held-out samples. No gradient step. Routing by what can be forecast is known (Informed Routing, arXiv
+2510.13831, a forecaster trained by gradient; SwiftKV, arXiv 2410.03960, takes later blocks' K/V from an earlier state); fitted in closed
+form on routed states, under FTP's scheduler and router, it is new as far as we know.
 """
+import random
 import time
 
 import torch
+import torch.nn.functional as F
 
 from common import Parser, bar, check, run, start
-from data import load_samples, load_text, load_tokenizer, windows
-from model_ftp import Forecaster, batches
+from data import load_samples, load_tokenizer
+from model_ftp import Forecaster, Schedule, batches
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # times the mean variance of the inputs
 
 
-def moments(model, samples):
-    """Sums over the samples' tokens, per block: x'x, x'y, y'y and n, x the state before the block with a 1 behind it, y its update.
+def random_schedule(model, rng):
+    """A schedule of random level and steepness towards the last block."""
+    L, level, steep = model.config.n_layer, rng.uniform(0.1, 1.2), 8 * rng.random() ** 2
+    return Schedule([min(0.99, level * (l / (L - 1)) ** steep * 2 * rng.random()) if l else 0.0 for l in range(L)], model.fingerprint)
 
-    First tokens are left out: they are always computed, and their huge activations would rule the fit.
-    """
-    n, d = model.config.n_layer, model.config.hidden_size
-    xx = torch.zeros(n, d + 1, d + 1, dtype=torch.float64)
-    xy = torch.zeros(n, d + 1, d, dtype=torch.float64)
-    yy, count = torch.zeros(n, d, dtype=torch.float64), 0
-    model.use()
-    with torch.inference_mode():
-        for _, group in bar(list(batches(samples, 2048)), desc="moments", unit="batch"):
-            p = model.begin_samples(group)
-            rows = p.local > 0
-            for l in range(n):
-                q = model.step(l, p)
-                x, y = p.x[rows].double().cpu(), (q.x - p.x)[rows].double().cpu()
-                x = torch.cat((x, torch.ones(len(x), 1, dtype=torch.float64)), 1)
-                xx[l] += x.T @ x
-                xy[l] += x.T @ y
-                yy[l] += y.square().sum(0)
-                p = q
-            count += int(rows.sum())
-    return xx, xy, yy, count
+
+def moments(model, l, routed, dense, after):
+    """Sums over the prompts' tokens but the first (always computed): x'x, x'y, y'y with x the routed state scaled to unit RMS and a 1
+    behind it, y what leads from there to the dense model's next state, and to its key and value."""
+    d, e, block = model.config.hidden_size, model.config.hidden_size + model.config.kv_bytes(1, 1), model.blocks[l]
+    xx, xy, yy = (torch.zeros(*n, dtype=torch.float64) for n in ((d + 1, d + 1), (d + 1, e), (e,)))
+    kv = lambda x: torch.cat([m(block.norm1(x)).double() for m in (block.k, block.v)], 1)
+    for p, q, t in zip(routed, dense, after):
+        rows = p.in_set & (p.local > 0)
+        x, now, new = p.x[rows], q.x[rows], t.x[rows]
+        y = torch.cat((new.double() - x.double(), kv(now) - kv(x)), 1).cpu()
+        x = F.pad(F.rms_norm(x, (d,)).double(), (0, 1), value=1.0).cpu()
+        xx += x.T @ x
+        xy += x.T @ y
+        yy += y.square().sum(0)
+    return xx, xy, yy
 
 
 def error(w, xx, xy, yy):
-    """Squared error of the map w (d + 1, d) on the moments of some tokens, as a share of the updates' energy."""
-    return float((yy.sum() - 2 * (w * xy).sum() + (w * (xx @ w)).sum()) / yy.sum())
+    """Squared error of the map w (d + 1, e) on the moments of some tokens, (e,)."""
+    return yy - 2 * (w * xy).sum(0) + (w * (xx @ w)).sum(0)
 
 
 def solve(xx, xy, yy, held, rank):
-    """Reduced-rank ridge regression from moments: a (d, rank), b (rank, d), c (d,), the ridge, the held-out error."""
-    d, best = xy.shape[1], None
+    """Reduced-rank ridge regression from moments: a (d, rank), b (rank, e), c (e,), the ridge, and the error on the moments `held`
+    as a share of the targets' energy, updates and K/V weighing the same."""
+    d, e = len(xx) - 1, xy.shape[1]
+    mean = xx[d] / xx[d, d]
+    around, with_y = xx - torch.outer(mean, mean) * xx[d, d], xy - torch.outer(mean, xy[d])
+    weight = torch.cat([(1 / yy[i].sum().clamp(min=1e-12)).expand(n) for i, n in ((slice(d), d), (slice(d, e), e - d))]) / 2
+    best = None
     for ridge in RIDGES:
-        penalty = torch.full((d + 1,), ridge * float(xx.diagonal()[:d].mean()), dtype=torch.float64)
-        penalty[d] = 1e-9
-        w = torch.linalg.solve(xx + torch.diag(penalty), xy)
-        mean = xx[d] / xx[d, d]
-        around = xx - torch.outer(mean, mean) * xx[d, d]                       # the fitted values' spread around their mean
-        _, v = torch.linalg.eigh(w.T @ around @ w)
-        v = v[:, d - rank:]
-        low = (w - torch.outer(torch.nn.functional.one_hot(torch.tensor(d), d + 1).double(), w[d])) @ v @ v.T
-        c = (mean @ w) - (mean @ low)                                          # so that the mean update is exact
-        low[d] = c
-        e = error(low, *held)
-        if best is None or e < best[-1]:
-            best = (w[:d] @ v, v.T, c, ridge, e)
+        penalty = ridge * float(around.diagonal()[:d].mean()) * torch.eye(d, dtype=torch.float64)
+        w = torch.linalg.solve(around[:d, :d] + penalty, with_y[:d])
+        scaled = w * weight.sqrt()
+        _, v = torch.linalg.eigh(scaled.T @ around[:d, :d] @ scaled)
+        v = v[:, e - rank:]                                                     # where the forecasts vary most
+        a, b = scaled @ v, v.T / weight.sqrt()
+        c = (xy[d] - xx[d, :d] @ a @ b) / xx[d, d]                              # so that the mean is exact
+        wrong = float((error(torch.cat((a @ b, c[None])), *held) * weight).sum() / (held[2] * weight).sum())
+        if best is None or wrong < best[-1]:
+            best = (a, b, c, ridge, wrong)
     return best
+
+
+@torch.inference_mode()
+def fit(model, samples, held, rank, schedule=None, router="static", seed=0):
+    """Forecaster of `rank` from samples [(prompt ids, response ids)], the ridge from `held`; prompts are routed by `schedule`, else by
+    random ones. Its meta tells the ridge and the held-out error of each block."""
+    c, rng = model.config, random.Random(seed)
+    groups = [(g, i >= len(samples)) for part, i in ((samples, 0), (held, len(samples))) for _, g in batches(part, 2048)]
+    f = Forecaster(torch.zeros(c.n_layer, c.hidden_size, rank), torch.zeros(c.n_layer, rank, c.hidden_size + c.kv_bytes(1, 1)),
+                   torch.zeros(c.n_layer, c.hidden_size + c.kv_bytes(1, 1)), model.fingerprint)
+    plans = [schedule or random_schedule(model, rng) for _ in groups]
+    dense = routed = [model.use().begin_samples(g) for g, _ in groups]
+    ridges, errors, held_out = [], [], torch.tensor([h for _, h in groups])
+    for l in bar(range(c.n_layer), desc="fit", unit="block"):
+        model.use()
+        after = [model.step(l, p) for p in dense]
+        pick = lambda h: ([x for x, is_held in zip(part, held_out) if is_held == h] for part in (routed, dense, after))
+        *f_l, ridge, wrong = solve(*moments(model, l, *pick(False)), moments(model, l, *pick(True)), rank)
+        for whole, mine in zip((f.a, f.b, f.c), f_l):
+            whole[l] = mine.float()
+        ridges.append(ridge)
+        errors.append(wrong)
+        ready = f.to(model.device, model.dtype)
+        routed = [model.use(s, router, kv="keep", forecaster=ready).step(l, p) for s, p in zip(plans, routed)]
+        dense = after
+    f.meta = {"tokens": sum(len(a) for a, _ in samples), "ridge": ridges, "held_out_error": errors}
+    return f
 
 
 def main():
     p = Parser(__doc__).common()
-    p.add_argument("--rank", type=int, default=64, help="rank of the map, 0: the mean update alone")
-    p.add_argument("--data", default="self", help='calibration: "self", an Alpaca-form .json/.jsonl, or a datasets id')
-    p.add_argument("--text", default=None, help="calibrate on a text instead (.txt, .jsonl or datasets id)")
-    p.add_argument("--nsamples", type=int, default=None, help="samples (or text windows of 512 tokens), default all of the training part")
+    p.add_argument("--rank", type=int, default=64, help="rank of the map, 0: the mean alone")
+    p.add_argument("--data", default="self", help='calibration: "self", .json/.jsonl (Alpaca form, or texts), .txt, or datasets ids, commas between')
+    p.add_argument("--max_prompt", type=int, default=512, help="longest prompt taken, tokens; plain text comes in windows of it")
+    p.add_argument("--nsamples", type=int, default=None, help="samples to fit on, default all of the training part")
+    p.add_argument("--schedule", default=None, help="fit on the states that this schedule leads to")
+    p.add_argument("--router", default="static", help="the router beside it")
     args = p.parse_args()
     model, config = start(args)
     check(0 <= args.rank <= model.config.hidden_size, f"--rank {args.rank}: must lie between 0 and {model.config.hidden_size}")
     tokenizer, t = load_tokenizer(args.model), time.time()
-    if args.text:
-        all_windows = windows(tokenizer(load_text(args.text), add_special_tokens=False)["input_ids"], 512, 0, args.nsamples)
-        check(len(all_windows) > 4, f"--text {args.text}: too short to fit and to hold out; give more than 2560 tokens")
-        fit, held = [w for i, w in enumerate(all_windows) if i % 5], all_windows[::5]
-    else:
-        fit = load_samples(args.data, model, tokenizer, "train", args.nsamples, seed=args.seed)
-        held = load_samples(args.data, model, tokenizer, "watch", args.nsamples and max(args.nsamples // 4, 1), seed=args.seed)
-    xx, xy, yy, n = moments(model, fit)
-    hxx, hxy, hyy, m = moments(model, held)
-    got = [solve(xx[l], xy[l], yy[l], (hxx[l], hxy[l], hyy[l]), args.rank) for l in bar(range(model.config.n_layer), desc="solve", unit="block")]
-    errors = [g[4] for g in got]
-    f = Forecaster(*(torch.stack([g[i] for g in got]).float() for i in range(3)), model.fingerprint,
-                   {**config, "tokens": n, "held_out_tokens": m, "ridge": [g[3] for g in got], "held_out_error": errors})
+    parts = [load_samples(args.data, model, tokenizer, part, n, args.max_prompt, seed=args.seed)
+             for part, n in (("train", args.nsamples), ("watch", args.nsamples and max(args.nsamples // 4, 1)))]
+    f = fit(model, *parts, args.rank, Schedule.load(args.schedule) if args.schedule else None, args.router, args.seed)
+    f.meta |= config
     f.save(f"{args.out_dir}/forecaster.safetensors")
-    print("unexplained share of each block's update, held out: " + "  ".join(f"{l}:{e:.2f}" for l, e in enumerate(errors)))
-    print(f"{n} tokens, rank {args.rank}, {time.time() - t:.0f} s -> {args.out_dir}/forecaster.safetensors")
+    print("unexplained share of update, key and value, held out: " + "  ".join(f"{l}:{e:.2f}" for l, e in enumerate(f.meta["held_out_error"])))
+    print(f"{f.meta['tokens']} tokens, rank {args.rank}, {time.time() - t:.0f} s -> {args.out_dir}/forecaster.safetensors")
 
 
 if __name__ == "__main__":

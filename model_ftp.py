@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 
 HOME = Path(os.environ.get("FTP_HOME", Path(__file__).resolve().parent / "models"))  # where "smollm2" lies
 FACTORS = ("position", "score", "rank", "sparsity")  # the paper's four inputs of the router
-INPUTS = {"position": 3, "place": 1, "score": 1, "rank": 1, "sparsity": 1}  # numbers each enters with; "hidden" has hidden_size
+INPUTS = {"position": 3, "place": 1, "score": 1, "rank": 1, "sparsity": 1, "forecast": 1}  # numbers each enters with; "hidden" has hidden_size
 NEAR = 64  # tokens within which the absolute distance to a prompt's start and end is told apart
 
 
@@ -153,7 +153,7 @@ class Config:
 
     def forecast_flops(self, rank, tokens):
         """FLOPs of the forecast of one block; all tokens take it, the computed ones then overwrite theirs."""
-        return 4 * self.hidden_size * rank * tokens
+        return 4 * (self.hidden_size + self.n_kv_head * self.head_dim) * rank * tokens
 
     def head_flops(self, positions):
         return 2 * self.vocab_size * self.hidden_size * positions
@@ -180,7 +180,7 @@ class Config:
                 total += router.flops(T)
             if forecast_rank and 0 < s < 1:
                 total += self.forecast_flops(forecast_rank, T)
-            if router is not None and any(0 < v < 1 for v in sparsity[l + 1:]):  # a later decision reads its scores
+            if router is not None and {"score", "rank"} & set(router.inputs) and any(0 < v < 1 for v in sparsity[l + 1:]):
                 total += self.score_flops(min(window, k), k)
         return total
 
@@ -294,11 +294,13 @@ class Router(nn.Module):
     def factors(self, p, s):
         """The inputs (N, n_inputs) float32 for the tokens of a Pass at a block of sparsity s, each scaled to [0, 1] whatever the
         length. Position: place in the prompt (0 first, 1 newest), and distance to its start and end in units of NEAR tokens, at
-        most 1. score: relative_score; rank: share of tokens with a lower one. "hidden": the state scaled to unit RMS."""
+        most 1. score: relative_score; rank: share of tokens with a lower one. "forecast": norm r of the forecast update against the
+        state's, as r / (1 + r). "hidden": the state scaled to unit RMS."""
         near = lambda d: (d / NEAR).clamp(0, 1)[:, None]
         place = p.place[:, None]
         give = {"position": lambda: torch.cat((place, near(p.pos), near(p.size - 1 - p.local)), 1), "place": lambda: place,
                 "score": lambda: p.score[:, None], "rank": lambda: p.rank[:, None], "sparsity": lambda: torch.full_like(place, s),
+                "forecast": lambda: 1 - 1 / (1 + p.forecast[0].detach().float().norm(dim=1) / p.x.detach().float().norm(dim=1))[:, None],
                 "hidden": lambda: F.rms_norm(p.x.detach().float(), p.x.shape[1:])}
         return torch.cat([give[i]() for i in self.inputs], 1)
 
@@ -328,9 +330,12 @@ class Router(nn.Module):
 
 
 class Forecaster:
-    """Linear forecast of what a block would have added to a skipped token: x + (x @ a[l]) @ b[l] + c[l].
+    """Linear forecast for a token that skips block l: what the block would have added to its state, and what is missing from the
+    key and value that it offers. With u the state scaled to unit RMS (so that no massive activation rules), both are
+    (u @ a[l]) @ b[l] + c[l]: its first d columns the update, the others the correction of key (before rotary) and value.
 
-    a (n_layer, d, rank), b (n_layer, rank, d), c (n_layer, d); rank 0 is the mean update alone. Made by fit_forecaster.py.
+    a (n_layer, d, rank), b (n_layer, rank, d + 2 * n_kv_head * head_dim), c (n_layer, the same); rank 0 is the mean alone.
+    Made by fit_forecaster.py.
     """
     def __init__(self, a, b, c, fingerprint, meta=None):
         self.a, self.b, self.c, self.fingerprint, self.meta = a, b, c, fingerprint, meta or {}
@@ -339,27 +344,31 @@ class Forecaster:
     def rank(self):
         return self.a.shape[2]
 
+    @property
+    def d(self):
+        return self.a.shape[1]
+
     def to(self, device, dtype):
         return Forecaster(*(t.to(device, dtype) for t in (self.a, self.b, self.c)), self.fingerprint, self.meta)
 
     def __call__(self, l, x):
-        """States after block l of tokens x (N, d) that skip it."""
-        x = x + self.c[l]
-        return torch.addmm(x, (x - self.c[l]) @ self.a[l], self.b[l]) if self.rank else x
+        """Tokens x (N, d) that skip block l -> their update (N, d), correction of keys and values (N, 2 * n_kv_head * head_dim)."""
+        out = torch.addmm(self.c[l], F.rms_norm(x, x.shape[1:]) @ self.a[l], self.b[l]) if self.rank else self.c[l].expand(len(x), -1)
+        return out[:, :self.d], out[:, self.d:]
 
     def save(self, path):
         save_tensors(path, {"a": self.a, "b": self.b, "c": self.c}, {
-            "format": "ftp-forecaster-1", "fingerprint": self.fingerprint, "rank": self.rank, "meta": self.meta})
+            "format": "ftp-forecaster-2", "fingerprint": self.fingerprint, "rank": self.rank, "meta": self.meta})
 
     @classmethod
     def load(cls, path):
         path = Path(path).with_suffix(".safetensors")
-        o = load_json(path.with_suffix(".json"), "ftp-forecaster-1", "--forecaster")
+        o = load_json(path.with_suffix(".json"), "ftp-forecaster-2", "--forecaster")
         try:
             with safe_open(path, "pt") as f:
                 t = {k: f.get_tensor(k) for k in "abc"}
-            (n, d, r), good = t["a"].shape, all(v.isfinite().all() for v in t.values())
-            if not good or t["b"].shape != (n, r, d) or t["c"].shape != (n, d):
+            (n, d, r), e = t["a"].shape, t["c"].shape[-1]
+            if not all(v.isfinite().all() for v in t.values()) or t["b"].shape != (n, r, e) or t["c"].shape != (n, e) or e <= d:
                 raise ValueError("shapes or values are wrong")
             return cls(t["a"], t["b"], t["c"], o["fingerprint"], o.get("meta"))
         except (KeyError, ValueError, OSError, SafetensorError) as e:
@@ -451,6 +460,7 @@ class Pass:
         self.ends = self.in_set & ((self.local == 0) | (self.local == self.size - 1))   # always kept
         self.score, self.rank = torch.zeros_like(self.place), torch.zeros_like(self.place)
         self.memory = None                            # hidden layer of a recurrent router
+        self.forecast = None                          # what Forecaster gives for the block to come
         self.trace = []                               # in training: (sparsity, router logits, Pass) a decision
 
     def next(self, **changed):
@@ -552,9 +562,13 @@ class Block(nn.Module):
     def queries(self, a, rope):
         return rotate(self.q(a).view(len(a), self.c.n_head, self.c.head_dim), *rope)
 
-    def keys_values(self, a, rope):
+    def keys_values(self, a, rope, missing=None):
+        """Keys and values (N, n_kv_head, head_dim) of normalised states a; `missing` (N, 2 * n_kv_head * head_dim) is added."""
+        k, v = self.k(a), self.v(a)
+        if missing is not None:
+            k, v = (t + m for t, m in zip((k, v), missing.chunk(2, -1)))
         shape = len(a), self.c.n_kv_head, self.c.head_dim
-        return rotate(self.k(a).view(shape), *rope), self.v(a).view(shape)
+        return rotate(k.view(shape), *rope), v.view(shape)
 
     def rest(self, h, att):
         """Residual adds and MLP. h, att (M, d)."""
@@ -562,18 +576,21 @@ class Block(nn.Module):
         a = self.norm2(h)
         return h + self.down(F.silu(self.gate(a)) * self.up(a))
 
-    def forward(self, p, keep, kv, score, forecaster=None):
-        """Run the kept rows of p.x; returns the Pass after this block. Skipped rows are unchanged, or forecast.
+    def forward(self, p, keep, kv, score):
+        """Run the kept rows of p.x; returns the Pass after this block. Skipped rows are unchanged, or take p.forecast.
 
         kv "drop" or "keep": whether skipped tokens offer a key and value. score: W or "mean" to refresh the
         score table, None when no later decision reads it.
         """
         rows, x, at, stored = keep.rows, p.x, None, keep.counts
         rope = p.rope if rows is None else tuple(t[rows] for t in p.rope)
-        h = x if rows is None else x[rows]
+        h, missing = x if rows is None else x[rows], None
+        if p.forecast is not None:
+            update, missing = p.forecast
+            x, p = x + update, p.next(forecast=None)
         if kv == "keep" and rows is not None:
-            a = self.norm1(x)
-            k, v = self.keys_values(a, p.rope)
+            a = self.norm1(p.x)
+            k, v = self.keys_values(a, p.rope, missing if missing is None else missing * ~keep.mask[:, None])
             a, at, stored = a[rows], p.local[rows], p.counts
         else:
             a = self.norm1(h)
@@ -582,8 +599,6 @@ class Block(nn.Module):
         if p.cache is not None:
             past = p.cache.len[self.l, p.slots]
             p.cache.append(self.l, p.slots, stored, k, v)
-        if forecaster is not None and rows is not None:
-            x = forecaster(self.l, x)
         if len(h) == 0:
             return p.next(x=x)
         if p.has_past:
@@ -603,10 +618,15 @@ class Block(nn.Module):
             if c:
                 qb = q[i:i + b * c].unflatten(0, (b, c)).transpose(1, 2)
                 kb, vb = (t[j:j + b * n].unflatten(0, (b, n)).transpose(1, 2) for t in (k, v))
-                mask = None
-                if at is not None and c < n:
-                    mask = torch.arange(n, device=q.device) <= at[i:i + b * c].view(b, 1, c, 1)
-                o = F.scaled_dot_product_attention(qb, kb, vb, mask, is_causal=mask is None, enable_gqa=True)
+                if at is None or c == n:
+                    o = F.scaled_dot_product_attention(qb, kb, vb, is_causal=True, enable_gqa=True)
+                else:  # in pieces: the i-th of c kept rows sees at most n - c + i + 1 keys, the others are not touched
+                    last, part = at[i:i + b * c].view(b, 1, c, 1), []
+                    for lo in range(0, c, 256):
+                        m = n - c + min(lo + 256, c)
+                        mask = torch.arange(m, device=q.device) <= last[:, :, lo:lo + 256]
+                        part.append(F.scaled_dot_product_attention(qb[:, :, lo:lo + 256], kb[:, :, :m], vb[:, :, :m], mask, enable_gqa=True))
+                    o = torch.cat(part, 2)
                 out.append(o.transpose(1, 2).reshape(b * c, -1))
             i, j = i + b * c, j + b * n
         return out[0] if len(out) == 1 else torch.cat(out)
@@ -615,6 +635,12 @@ class Block(nn.Module):
         """New tokens over the cache, where their own keys already are -> att (M, H * D), Pass with their own scores."""
         l, dev, K, V = self.l, q.device, p.cache.k[self.l], p.cache.v[self.l]
         rows = torch.arange(len(p.x), device=dev) if keep.rows is None else keep.rows
+        lens = p.cache.len[l, p.slots]
+        if max(p.n) == 1 and score is None and (len(p.n) == 1 or (
+                len(rows) == p.cache.rows and bool((lens == lens[0]).all() and (p.slots.diff() == 1).all()))):
+            first, C = int(p.slots[0]), int(lens[0])       # decode, and every query sees all keys of its row: no mask, no copies
+            k, v = (t[first:first + len(rows), :, :C] for t in (K, V))
+            return F.scaled_dot_product_attention(q[:, :, None], k, v, enable_gqa=True).flatten(1), p
         if max(p.n) == 1:  # decode: every cache row in one product, so that no keys are copied; idle rows are dropped
             slots, last = p.slots.to(dev)[rows], past.to(dev)[rows]
             C, every = int(p.cache.len[l].max()), last.new_zeros(p.cache.rows).index_copy(0, slots, last)
@@ -669,15 +695,19 @@ class Block(nn.Module):
             i, j = i + b * c, j + b * m
         return p.next(score=score, rank=rank)
 
-    def masked(self, p, keep, kv, score, forecaster=None):
+    def masked(self, p, keep, kv, score):
         """The same function on all rows, with 0/1 gates instead of gathers; gates carry straight-through gradients.
 
         A skipped token's row is still computed (it sees its own key), so that its gate learns what the skip loses.
         """
         x, rows = p.x, keep.rows
         gate = keep.gate if keep.gate is not None else torch.ones_like(p.place) if rows is None else keep.mask.float()
-        a = self.norm1(x)
-        q, (k, v) = self.queries(a, p.rope), self.keys_values(a, p.rope)
+        a, skipped, missing = self.norm1(x), x, None
+        if p.forecast is not None:
+            update, missing = p.forecast
+            skipped, missing = x + update, missing * (1 - gate.to(x.dtype)[:, None]) if kv == "keep" else None
+            p = p.next(forecast=None)
+        q, (k, v) = self.queries(a, p.rope), self.keys_values(a, p.rope, missing)
         out = []
         for i, n in zip(p.start, p.n):
             qs, ks, vs = (t[i:i + n].transpose(0, 1) for t in (q, k, v))
@@ -694,7 +724,6 @@ class Block(nn.Module):
                 wide = kv == "keep" or rows is None
                 p = self.observe(p, keep, q if rows is None else q[rows], k if wide else k[rows],
                                  p.counts if wide else keep.counts, p.local[rows] if wide and rows is not None else None, score)
-        skipped = x if forecaster is None else forecaster(self.l, x)
         return p.next(x=skipped + gate.to(x.dtype)[:, None] * (self.rest(x, torch.cat(out)) - skipped))
 
 
@@ -842,9 +871,13 @@ class FTPModel(nn.Module):
             forecaster = Forecaster.load(forecaster)
         if forecaster is not None:
             check_fingerprint(forecaster.fingerprint, self.fingerprint, "--forecaster: it")
+            if forecaster.c.shape != (self.config.n_layer, self.config.hidden_size + self.config.kv_bytes(1, 1)):
+                raise FTPError("--forecaster: its shape does not fit the model; fit it again with fit_forecaster.py")
             if forecaster.c.device != self.device or forecaster.c.dtype != self.dtype:
                 forecaster = forecaster.to(self.device, self.dtype)
         self.forecaster = forecaster
+        if learned and "forecast" in router.inputs and forecaster is None:
+            raise FTPError("--router: it reads forecasts; give --forecaster, the one it was trained with")
         if prefill == "argmax" and not learned:
             raise FTPError("--prefill argmax: only a trained router decides by argmax; give --router, or --prefill topk")
         if decode == "threshold" and thresholds is None and schedule is not None:
@@ -883,6 +916,8 @@ class FTPModel(nn.Module):
         if s >= 1:
             nothing = torch.zeros_like(p.counts)
             return Keep(p.local[:0], nothing, nothing, torch.zeros_like(p.in_set)), p
+        if self.forecaster is not None:
+            p = p.next(forecast=self.forecaster(l, p.x))
         by_threshold = not p.all_set and self.decode == "threshold"
         margin = logits = None
         if self.router != "static" and (p.any_set or by_threshold):
@@ -968,7 +1003,7 @@ class FTPModel(nn.Module):
         if self.schedule and self.schedule.sparsity[l] >= 1:
             return p
         run = self.blocks[l].masked if masked else self.blocks[l]
-        return run(p, keep, self.kv, self.score_window if self.reads_scores(l) else None, self.forecaster)
+        return run(p, keep, self.kv, self.score_window if self.reads_scores(l) else None)
 
     def count(self, l, p, keep):
         """Add block l of a pass to the realised sparsity and FLOPs."""

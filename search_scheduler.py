@@ -15,6 +15,7 @@ import time
 from collections import OrderedDict
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -26,15 +27,21 @@ GRAIN = 1000  # a schedule is searched as whole thousandths, so that its mean st
 
 
 class Fitness:
-    """KL to the dense model on samples, for schedules in thousandths. Equal schedules and equal beginnings run once."""
-    def __init__(self, model, samples, router="static", max_entries=2000, **routing):
-        self.model, self.router, self.routing = model, router, {"decode": "dense", **routing}
+    """KL to the dense model on samples, for schedules in thousandths. Equal schedules and equal beginnings run once.
+
+    convert: what a block's thousandths mean -> its sparsity; by default they are its sparsity.
+    """
+    def __init__(self, model, samples, router="static", max_entries=2000, convert=lambda u: u / GRAIN, **routing):
+        self.model, self.router, self.routing, self.convert = model, router, {"decode": "dense", **routing}, convert
         self.groups = [g for _, g in batches(samples, 2048)]
         self.known, self.states, self.max_entries = {}, OrderedDict(), max_entries
         self.blocks_run = self.blocks_asked = 0
         self.tokens, self.seconds = sum(len(a) + len(b) for a, b in samples), 0.0
         model.use()
         self.teacher = [model.response_states(g) for g in self.groups]
+
+    def schedule(self, units):
+        return Schedule([self.convert(u) for u in units], self.model.fingerprint)
 
     @torch.inference_mode()
     def items(self, units):
@@ -43,7 +50,7 @@ class Fitness:
         self.blocks_asked += L
         if units not in self.known:
             t = time.time()
-            m.use(Schedule([u / GRAIN for u in units], m.fingerprint), self.router, **self.routing)
+            m.use(self.schedule(units), self.router, **self.routing)
             first = max((l for l in range(L, 0, -1) if units[:l] in self.states), default=0)
             passes = self.states[units[:first]] if first else [m.begin_samples(g) for g in self.groups]
             for l in range(first, L):
@@ -105,6 +112,11 @@ def allocate(weights, total, top, rng):
     return repair(u, total, top, rng)
 
 
+def shapes(L, total, top, rng):
+    """Schedules from uniform to ever steeper ones, up to the last blocks alone (good where skipped tokens keep their K/V)."""
+    return [allocate([(l / L) ** steep for l in range(L)], total, top, rng) for steep in (0, 0.3, 1, 2, 4, 8, 99)]
+
+
 def mutate(u, total, top, rng, largest):
     """Move budget between two blocks, one to three times."""
     u = list(u)
@@ -121,12 +133,12 @@ def crossover(a, b, total, top, rng):
     return repair(a[:cut] + b[cut:], total, top, rng, range(cut, len(a)))
 
 
-def evolve(fitness, watch, population, total, args, state_path, settings):
+def evolve(fitness, watch, population, total, top, args, state_path, settings):
     """Genetic search with elitism and tournaments; returns the best schedule in thousandths and the history.
 
     Every generation is saved to state_path; with args.resume the search goes on from there, to the same result.
     """
-    rng, top = random.Random(args.seed), round(args.max_sparsity * GRAIN)
+    rng = random.Random(args.seed)
     generation, stale, spent, history, best = 0, 0, 0, [], None
     if args.resume and state_path.exists():
         s = load_json(state_path, "ftp-search-state-1", "--resume")
@@ -183,28 +195,26 @@ def work(fitness):
             "block_evaluations_saved": round(1 - fitness.blocks_run / max(fitness.blocks_asked, 1), 3)}
 
 
-def sparsity_for(config, saved, T, routing):
-    """Mean sparsity whose uniform schedule saves this share of the block FLOPs of T tokens: skips that keep K/V or are forecast
-    cost what they cost. FTPError where no sparsity can."""
+def flops_converter(config, T, routing, largest):
+    """Function: thousandths of a block's FLOPs to save on a prompt of T tokens -> the sparsity that saves them under the static order
+    (skips that keep K/V or are forecast cost what they cost), and the most thousandths, those of sparsity `largest`."""
     rank = routing["forecaster"] and routing["forecaster"].rank
     dense = config.prefill_flops(T, [0.0], head=0)
-    low, high = 0.0, 1 - 2 / T
-    gain = lambda s: 1 - config.prefill_flops(T, [s], routing["kv"], head=0, forecast_rank=rank) / dense
-    check(0 < saved < gain(high), f"--flops_saved {saved}: out of reach, at most {gain(high):.2f} here")
-    for _ in range(30):
-        middle = (low + high) / 2
-        low, high = (middle, high) if gain(middle) < saved else (low, middle)
-    return round(high, 4)
+    grid = [i / GRAIN for i in range(1, round(largest * GRAIN) + 1)]
+    gain = [GRAIN * (1 - config.prefill_flops(T, [s], routing["kv"], head=0, forecast_rank=rank) / dense) for s in grid]
+    points = [(0.0, 0.0)] + [(g, s) for g, s in zip(gain, grid) if g > 0]
+    x, y = zip(*points)
+    return lambda u: round(float(np.interp(u, x, y)), 6), int(x[-1])
 
 
 def search_flags(p, evaluations, move):
     """Flags that stages 1 and 3 share."""
-    p.add_argument("--data", default="self", help='calibration: "self", an Alpaca-form .json/.jsonl, or a datasets id')
+    p.add_argument("--data", default="self", help='calibration: "self", .json/.jsonl (Alpaca form, or texts), .txt, or datasets ids, commas between')
     p.add_argument("--nsamples", type=int, default=20, help="samples that candidates are judged by")
     p.add_argument("--nwatch", type=int, default=24, help="samples of the watched part")
     p.add_argument("--max_prompt", type=int, default=512, help="longest prompt taken, tokens")
     p.add_argument("--max_response", type=int, default=48, help="response tokens used")
-    p.add_argument("--max_sparsity", type=float, default=0.95, help="largest sparsity of a block")
+    p.add_argument("--max_sparsity", type=float, default=0.99, help="largest sparsity of a block")
     p.add_argument("--evaluations", type=int, default=evaluations, help="candidates to evaluate")
     p.add_argument("--population", type=int, default=12, help="candidates a generation")
     p.add_argument("--elite", type=int, default=3, help="best candidates that live on")
@@ -242,33 +252,26 @@ def main():
     L, rng, out = model.config.n_layer, random.Random(args.seed), args.out_dir
     top = round(args.max_sparsity * GRAIN)
 
-    def budget(sparsity):
-        total = round(sparsity * L * GRAIN)
-        check(total <= top * (L - 1), f"--sparsity {sparsity}: out of reach with --max_sparsity {args.max_sparsity} and block 0 dense; lower it")
-        return total
-
-    total = budget(args.sparsity)
+    total, convert = round(args.sparsity * L * GRAIN), {}
+    check(args.flops_saved is not None or total <= top * (L - 1),
+          f"--sparsity {args.sparsity}: out of reach with --max_sparsity {args.max_sparsity} and block 0 dense; lower it")
     tokenizer, routing = load_tokenizer(args.model), routing_of(args, learned=False)
     fit, held = data_pair(args, model, tokenizer)
-    if args.flops_saved is not None:
-        args.sparsity = sparsity_for(model.config, args.flops_saved, round(sum(len(a) for a, _ in fit) / len(fit)), routing)
-        total = budget(args.sparsity)
-        print(f"{args.flops_saved:.1%} of block FLOPs saved take a mean sparsity of {args.sparsity:.4f} with this K/V policy and forecaster")
+    if args.flops_saved is not None:  # the search then moves shares of FLOPs between the blocks
+        convert["convert"], top = flops_converter(model.config, round(sum(len(a) for a, _ in fit) / len(fit)), routing, args.max_sparsity)
+        total = round(args.flops_saved * L * GRAIN)
+        check(0 < total <= top * (L - 1), f"--flops_saved {args.flops_saved}: out of reach, at most {top * (L - 1) / L / GRAIN:.2f} here")
     bi = block_influence(model, fit)
     uniform, by_bi = allocate([1.0] * L, total, top, rng), allocate([1 / b for b in bi], total, top, rng)
-    fitness, watch = Fitness(model, fit, **routing), Fitness(model, held, max_entries=0, **routing)
+    fitness, watch = Fitness(model, fit, **convert, **routing), Fitness(model, held, max_entries=0, **convert, **routing)
     history = []
     if args.method == "ga":
-        known = [uniform, by_bi] + [allocate([1 + slope * l / L for l in range(L)], total, top, rng) for slope in (0.2, 0.5, 2.0)]
-        for first in (4, L // 3, L // 2, 2 * L // 3):  # the last blocks alone: good where skipped tokens keep their K/V
-            if total <= top * (L - first):
-                known.append(allocate([float(l >= first) or 1e-9 for l in range(L)], total, top, rng))
-        known.append(repair([(a + b) / 2 for a, b in zip(uniform, by_bi)], total, top, rng))
+        known = [by_bi, repair([(a + b) / 2 for a, b in zip(uniform, by_bi)], total, top, rng), *shapes(L, total, top, rng)]
         noise = [repair([v * rng.uniform(1 - a, 1 + a) for v in rng.choice(known)], total, top, rng)
                  for a in (0.1, 0.3, 0.7) for _ in range(args.population)]
         rng.shuffle(noise)
         settings = {k: v for k, v in vars(args).items() if k not in ("resume", "evaluations", "threads", "out_dir")}
-        best, history = evolve(fitness, watch, (known + noise)[:args.population], total, args,
+        best, history = evolve(fitness, watch, (known + noise)[:args.population], total, top, args,
                                Path(out) / "search_state.json", settings)
         units = best["units"]
     else:
@@ -282,7 +285,7 @@ def main():
     cost = work(fitness)
     print(f"{cost['evaluations']} evaluations in {cost['seconds']} s: {cost['candidates_per_minute']} candidates/min, {cost['tokens_per_second']} "
           f"calibration tokens/s, {100 * cost['block_evaluations_saved']:.0f} % of block evaluations shared")
-    s = Schedule([u / GRAIN for u in units], model.fingerprint)
+    s = fitness.schedule(units)
     s.meta = {**config, "method": args.method, "sparsity": args.sparsity, "block_influence": bi, "history": history, "work": cost,
               "kv": args.kv, "flops_saved": model.stats.saved("prefill"), "kl_fit": fitness(units),
               "kl_watch": float(kl.mean()), "kl_watch_uniform": float(base.mean())}

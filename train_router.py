@@ -127,11 +127,11 @@ def routed_kl(model, samples, teacher, schedule, router, **routing):
     return by_sample(torch.cat([kl_divergence(model.logits(t), model.logits(s)) for t, s in zip(teacher.split(1024), states.split(1024))]), owner)
 
 
-def save_state(path, router, optimizer, step, best, history, settings, guide):
-    """All a resumed run needs, as safetensors and JSON; the JSON last, it counts."""
-    tensors = {f"router.{k}": v for k, v in router.state_dict().items()}
+def save_state(path, learner, optimizer, step, best, history, settings, guide):
+    """All a resumed run needs, as safetensors and JSON; the JSON last, it counts. learner: {name: parameter}."""
+    tensors = {f"learner.{k}": v for k, v in learner.items()}
     tensors |= {f"best.{k}": v for k, v in best["state"].items()}
-    for i, q in enumerate(router.parameters()):
+    for i, q in enumerate(learner.values()):
         tensors |= {f"adam.{i}.{k}": v for k, v in optimizer.state[q].items()}
     name = f"train_state_{step}.safetensors"
     save_file({k: v.detach().clone().contiguous() for k, v in {**tensors, "rng": torch.get_rng_state()}.items()}, path.with_name(name))
@@ -142,7 +142,14 @@ def save_state(path, router, optimizer, step, best, history, settings, guide):
             old.unlink()
 
 
-def load_state(path, router, optimizer, settings):
+def fill(learner, values):
+    """Write values {name: tensor} into the parameters."""
+    with torch.no_grad():
+        for k, q in learner.items():
+            q.copy_(values[k])
+
+
+def load_state(path, learner, optimizer, settings):
     s = load_json(path, "ftp-train-state-1", "--resume")
     check(s["settings"] == settings, f"--resume: {path} belongs to a run with other settings; give them again, or drop --resume")
     try:
@@ -150,8 +157,8 @@ def load_state(path, router, optimizer, settings):
     except (OSError, SafetensorError) as e:
         raise FTPError(f"--resume: {s['tensors']} is damaged ({e}); start again without --resume") from None
     part = lambda head: {k.removeprefix(head): v for k, v in t.items() if k.startswith(head)}
-    router.load_state_dict(part("router."))
-    for i, q in enumerate(router.parameters()):
+    fill(learner, part("learner."))
+    for i, q in enumerate(learner.values()):
         optimizer.state[q] = part(f"adam.{i}.")
     torch.set_rng_state(t["rng"])
     return s["step"], {**s["best"], "state": part("best.")}, s["history"], Order(**s["guide"])
@@ -165,7 +172,7 @@ def main():
     p.add_argument("--nwatch", type=int, default=32, help="samples that choose the best step")
     p.add_argument("--max_prompt", type=int, default=512, help="longest prompt taken, tokens")
     p.add_argument("--max_response", type=int, default=48, help="response tokens used")
-    p.add_argument("--inputs", default=",".join(FACTORS), help="inputs of the router, of position,place,score,rank,sparsity,hidden")
+    p.add_argument("--inputs", default=",".join(FACTORS), help="inputs of the router, of position,place,score,rank,sparsity,forecast,hidden")
     p.add_argument("--router_kind", default="global", choices=Router.KINDS, help="one router for all blocks, one each, or recurrent over blocks")
     p.add_argument("--width", type=int, default=64, help="hidden width")
     p.add_argument("--score", default="16", help="attention score from the last W prompt queries, or mean over all (paper-like)")
@@ -183,6 +190,7 @@ def main():
     p.add_argument("--hinge", action="store_true", help="the paper's one-sided sparsity loss")
     p.add_argument("--distill", default="kl", choices=["kl", "mse"], help="distil the next-token distribution or the last hidden state")
     p.add_argument("--decode_share", type=float, default=0.0, help="share of steps whose response tokens are routed too")
+    p.add_argument("--tune_forecaster", type=float, default=0.0, help="train the --forecaster too, with this learning rate; 0: as it is")
     p.add_argument("--gumbel", type=float, default=0.0, help="temperature of Gumbel noise on training decisions, 0: none")
     p.add_argument("--eval_every", type=int, default=20, help="steps between looks at the watched samples")
     p.add_argument("--resume", action="store_true", help="go on from the last saved step")
@@ -210,11 +218,17 @@ def main():
     print(f"{len(samples)} training samples, {sum(map(len, teacher))} response tokens; teacher ran in {time.time() - t:.0f} s; "
           f"watched KL with the static router {static.mean():.4f}", flush=True)
 
-    optimizer = torch.optim.Adam(router.parameters(), args.lr)
+    learner, tuned = dict(router.named_parameters()), []
+    if args.tune_forecaster:
+        check(routing["forecaster"] is not None, "--tune_forecaster: nothing to tune; give --forecaster")
+        tuned = [getattr(routing["forecaster"], k).requires_grad_() for k in "abc"]
+        learner |= {f"forecaster.{k}": q for k, q in zip("abc", tuned)}
+    rates = [{"params": list(router.parameters()), "top": args.lr}] + [{"params": tuned, "top": args.tune_forecaster}] * bool(tuned)
+    optimizer = torch.optim.Adam(rates, args.lr)
     settings = {k: v for k, v in vars(args).items() if k not in ("resume", "threads", "out_dir")} | {"schedule_id": schedule.id}
     state_path, step, history, best = out / "train_state.json", 0, [], None
     if args.resume and state_path.exists():
-        step, best, history, guide = load_state(state_path, router, optimizer, settings)
+        step, best, history, guide = load_state(state_path, learner, optimizer, settings)
         print(f"resuming at step {step}")
     else:
         guide, rng = Order.static(), random.Random(args.seed)
@@ -240,7 +254,7 @@ def main():
         entry = {"step": step, **loss, "watch_kl": float(kl.mean()), "watch_sparsity": model.stats.mean("prefill")}
         history.append(entry)
         if best is None or entry["watch_kl"] < best["watch_kl"]:
-            best = {"step": step, "watch_kl": entry["watch_kl"], "state": {k: v.detach().clone() for k, v in router.state_dict().items()}}
+            best = {"step": step, "watch_kl": entry["watch_kl"], "state": {k: v.detach().clone() for k, v in learner.items()}}
         print(f"step {step:4d}  " + "  ".join(f"{k} {v:.4f}" for k, v in loss.items())
               + f"  watched KL {entry['watch_kl']:.4f}  realised sparsity {entry['watch_sparsity']:.4f}", flush=True)
 
@@ -253,7 +267,7 @@ def main():
         picks = [rng.randrange(len(samples)) for _ in range(args.batch_size)]
         group = [samples[i] for i in picks]
         for g in optimizer.param_groups:
-            g["lr"] = args.lr * (0.55 + 0.45 * torch.cos(torch.tensor(step / args.steps * torch.pi)).item())
+            g["lr"] = g["top"] * (0.55 + 0.45 * torch.cos(torch.tensor(step / args.steps * torch.pi)).item())
         weight = args.lambda_g * max(0.0, 1 - step / (args.guide_until * args.steps)) if args.guide_until else 0.0
         decode = "threshold" if rng.random() < args.decode_share else "dense"
         model.use(schedule, router, **routing, decode="dense")
@@ -272,7 +286,8 @@ def main():
         l_s, l_g, share = losses(q, guide, args.hinge)
         optimizer.zero_grad()
         (args.lambda_d * l_d + args.lambda_s * l_s + weight * l_g).backward()
-        torch.nn.utils.clip_grad_norm_(router.parameters(), 1.0)
+        for g in optimizer.param_groups:
+            torch.nn.utils.clip_grad_norm_(g["params"], 1.0)
         optimizer.step()
         tokens += len(q.x)
         step += 1
@@ -283,10 +298,13 @@ def main():
             look(step, {k: sum(v) / len(v) for k, v in mean.items()})
             mean = {}
             out.mkdir(parents=True, exist_ok=True)
-            save_state(state_path, router, optimizer, step, best, history, settings, guide)
+            save_state(state_path, learner, optimizer, step, best, history, settings, guide)
     progress.close()
     seconds = time.time() - began
-    router.load_state_dict(best["state"])
+    fill(learner, best["state"])
+    if tuned:
+        routing["forecaster"].save(out / "forecaster_ft.safetensors")
+        print(f"forecaster tuned -> {out}/forecaster_ft.safetensors")
     model.use(schedule, router, **routing)
     kl = routed_kl(model, held, held_teacher, schedule, router, decode="dense", **routing)
     realised, diff = model.stats.mean("prefill"), static - kl

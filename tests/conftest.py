@@ -92,7 +92,7 @@ def schedule(tiny):
     return Schedule([0.0, 0.3, 0.5, 0.7, 0.2, 0.4], tiny.fingerprint)
 
 
-def make_router(model, schedule=None, seed=0, **kw):
+def make_router(model, schedule=None, seed=0, forecaster=None, **kw):
     torch.manual_seed(seed)
     r = Router(model.config, model.fingerprint, **kw)
     with torch.no_grad():
@@ -101,7 +101,7 @@ def make_router(model, schedule=None, seed=0, **kw):
         g = torch.Generator().manual_seed(seed)
         samples = [(torch.randint(3, 97, (20,), generator=g).tolist(), torch.randint(3, 97, (30,), generator=g).tolist())
                    for _ in range(6)]
-        model.use(schedule, r)
+        model.use(schedule, r, forecaster=forecaster)
         r.meta = {"decode_threshold": model.calibrate_decode(samples), "schedule_id": schedule.id}
         model.use()
     return r

@@ -12,18 +12,19 @@ MODES = [dict(router="static"), dict(router="static", decode="rule"), dict(route
          dict(router="learned", one_pass=True, decode="threshold"), dict(router="learned", score="mean", decode="threshold"),
          dict(router="hidden", decode="threshold"), dict(router="local", decode="threshold"),
          dict(router="recurrent", decode="threshold"), dict(router="static", forecaster=True),
-         dict(router="learned", decode="threshold", forecaster=True)]
+         dict(router="learned", decode="threshold", forecaster=True), dict(router="foreseeing", decode="threshold", forecaster=True)]
 
 
 def use(model, schedule, router, **kw):
     if kw.get("forecaster"):
         g = torch.Generator().manual_seed(3)
         draw = lambda *n: 0.2 * torch.randn(*n, generator=g)
-        kw["forecaster"] = Forecaster(draw(6, 32, 4), draw(6, 4, 32), draw(6, 32), model.fingerprint)
-    if router in ("learned", "hidden", "local", "recurrent"):
-        made = {"learned": {}, "hidden": dict(inputs=("position", "score", "rank", "sparsity", "hidden")),
+        wide = 32 + model.config.kv_bytes(1, 1)
+        kw["forecaster"] = Forecaster(draw(6, 32, 4), draw(6, 4, wide), draw(6, wide), model.fingerprint)
+    if router in ("learned", "foreseeing", "hidden", "local", "recurrent"):
+        made = {"learned": {}, "foreseeing": dict(inputs=("position", "forecast")), "hidden": dict(inputs=("position", "score", "rank", "sparsity", "hidden")),
                 "local": dict(kind="local"), "recurrent": dict(kind="recurrent")}[router]
-        router = make_router(model, schedule, **made)
+        router = make_router(model, schedule, forecaster=kw.get("forecaster"), **made)
     return model.use(schedule, router, **kw)
 
 
@@ -264,30 +265,41 @@ def test_artifacts_round_trip(tiny, schedule, tmp_path):
 
 
 def test_forecaster_is_the_least_squares_fit(tiny, tmp_path):
-    """The closed form from moments against torch's lstsq on the raw rows; rank 0 is the mean update; a full-rank fit of a linear
-    block is exact; and the files round-trip."""
-    from fit_forecaster import error, moments, solve
-    samples = [(tokens(30, i), tokens(20, 100 + i)) for i in range(20)]
-    xx, xy, yy, n = moments(tiny, samples)
-    rows = []
-    for a, b in samples:
-        p = tiny.begin([a + b], [30])
-        rows.append((p.x[1:], (tiny.step(0, p).x - p.x)[1:]))
-    x, y = (torch.cat(t).double() for t in zip(*rows))
-    assert n == len(x) == 20 * 49
-    a, b, c, ridge, e = solve(xx[0], xy[0], yy[0], (xx[0], xy[0], yy[0]), 32)
-    want = torch.linalg.lstsq(torch.cat((x, torch.ones(n, 1)), 1), y).solution
-    best = float((torch.cat((x, torch.ones(n, 1)), 1) @ want - y).square().sum() / y.square().sum())
-    assert e == pytest.approx(best, rel=1e-2) and ridge == 1e-4
-    got = x + x @ a @ b + c
-    assert float((got - x - y).square().sum() / y.square().sum()) == pytest.approx(e, rel=1e-4)
-    low = [solve(xx[0], xy[0], yy[0], (xx[0], xy[0], yy[0]), r)[4] for r in (0, 4, 16, 32)]
-    assert low == sorted(low, reverse=True) and low[0] == pytest.approx(float(y.var(0, correction=0).sum() * n / y.square().sum()), rel=1e-4)
-    assert error(want, xx[0], xy[0], yy[0]) == pytest.approx(best, rel=1e-3)
-    f = Forecaster(a[None].float().repeat(6, 1, 1), b[None].float().repeat(6, 1, 1), c[None].float().repeat(6, 1), tiny.fingerprint)
+    """The closed form from moments against torch's lstsq on the raw rows, error for error; lower ranks only lose; rank 0 is the mean."""
+    from fit_forecaster import moments, solve
+    passes = [tiny.use().begin([tokens(50, i)], [50]) for i in range(40)]
+    after = [tiny.step(2, p) for p in passes]
+    noise = [p.next(x=p.x + 0.1 * torch.randn(p.x.shape, generator=torch.Generator().manual_seed(i))) for i, p in enumerate(passes)]
+    m = moments(tiny, 2, noise, passes, after)
+    block, kv = tiny.blocks[2], lambda x: torch.cat([f(tiny.blocks[2].norm1(x)) for f in (block.k, block.v)], 1)
+    with torch.no_grad():
+        x = torch.cat([torch.nn.functional.rms_norm(p.x, (32,))[1:] for p in noise]).double()
+        y = torch.cat([torch.cat((t.x - n.x, kv(p.x) - kv(n.x)), 1)[1:] for n, p, t in zip(noise, passes, after)]).double()
+    weight = torch.cat([(1 / y[:, i].square().sum()).expand(y[:, i].shape[1]) for i in (slice(32), slice(32, None))]) / 2
+    wrong = lambda got: float(((got - y).square().sum(0) * weight).sum() / (y.square().sum(0) * weight).sum())
+    one = torch.cat((x, torch.ones(len(x), 1)), 1)
+    best = wrong(one @ torch.linalg.lstsq(one, y).solution)
+    got = {r: solve(*m, m, r) for r in (0, 4, 16, 32)}
+    for a, b, c, _, e in got.values():
+        assert wrong(x @ a @ b + c) == pytest.approx(e, rel=1e-4)
+    assert got[32][-1] == pytest.approx(best, rel=1e-3) and got[0][-1] == pytest.approx(wrong(y.mean(0).expand_as(y)), rel=1e-4)
+    assert best <= got[16][-1] < got[4][-1] < got[0][-1]
+
+
+def test_fitted_forecaster_comes_closer_to_dense(tiny, schedule, tmp_path):
+    """On new text, the model that forecasts its skipped tokens is closer to the dense one than the one that leaves them; files round-trip."""
+    from fit_forecaster import fit
+    samples = [(tokens(40, i), tokens(20, 100 + i)) for i in range(60)]
+    f = fit(tiny, samples[:40], samples[40:], 32, schedule)
     f.save(tmp_path / "f.safetensors")
     g = Forecaster.load(tmp_path / "f.safetensors")
-    assert torch.equal(f.a, g.a) and torch.allclose(g(0, x.float()).double(), got, atol=1e-3)
+    assert torch.equal(f.a, g.a) and torch.equal(f.b, g.b) and len(f.meta["held_out_error"]) == 6
+    new = [(tokens(40, 1000 + i), tokens(20, 2000 + i)) for i in range(10)]
+    want = tiny.use().response_states(new)[0]
+    away = {name: float((tiny.use(schedule, kv="keep", forecaster=h).response_states(new)[0] - want).square().mean())
+            for name, h in (("stay", None), ("forecast", g))}
+    assert 0 < away["forecast"] < 0.8 * away["stay"]
+    tiny.use()
 
 
 def test_refusals(tiny, folder, schedule, tmp_path):
