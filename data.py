@@ -13,7 +13,6 @@ from common import bar, check
 from model_ftp import HOME, FTPError, find_model
 
 PROMPTS = Path(__file__).parent / "prompts.jsonl"
-PIECE = 8000  # characters of a long text that go to one split together
 SPLITS = {"train": (0, 1), "watch": (2,), "heldout": (3,)}  # of every four items: fit, early stopping, evaluation
 
 
@@ -110,7 +109,8 @@ def samples_of(data, model, tokenizer, split, max_prompt, max_response, min_resp
         rows = self_responses(model, tokenizer)
     elif Path(data).suffix == ".txt":
         text = load_text(data, "--data")
-        rows = [{"text": text[i:i + PIECE]} for i in range(0, len(text), PIECE)]
+        size = min(8000, len(text) // 8 + 1)  # pieces that go to one split together; even a short text has some for each
+        rows = [{"text": text[i:i + size]} for i in range(0, len(text), size)]
     else:
         rows = read_rows(data) if Path(data).exists() else list(from_hub(data, None, "train", "--data"))
     out = []

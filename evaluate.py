@@ -205,7 +205,8 @@ def main():
     model, config = start(args)
     made_by = lambda n: [schedule.id if ROWS[n][0] else None, router.id if ROWS[n][1] == "given" else None]
     for n in names:  # refuse artefacts of another model before the long work
-        model.use(schedule, router if ROWS[n][1] == "given" else "static")
+        r = router if ROWS[n][1] == "given" else "static"
+        model.use(schedule, r, **routing_of(args, isinstance(r, Router)))
     tokenizer = load_tokenizer(args.model)
     samples = load_samples(args.data, model, tokenizer, "heldout", args.nsamples, max_response=args.max_response)
     texts = {}

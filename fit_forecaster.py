@@ -21,7 +21,7 @@ from common import Parser, bar, check, run, start
 from data import load_samples, load_tokenizer
 from model_ftp import Forecaster, Schedule, batches
 
-RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # times the mean variance of the inputs
+RIDGES = (1e-4, 1e-2, 1e-1, 1.0)  # times the mean variance of the inputs
 
 
 def random_schedule(model, rng):
@@ -35,15 +35,15 @@ def moments(model, l, routed, dense, after):
     behind it, y what leads from there to the dense model's next state, and to its key and value."""
     d, e, block = model.config.hidden_size, model.config.hidden_size + model.config.kv_bytes(1, 1), model.blocks[l]
     xx, xy, yy = (torch.zeros(*n, dtype=torch.float64) for n in ((d + 1, d + 1), (d + 1, e), (e,)))
-    kv = lambda x: torch.cat([m(block.norm1(x)).double() for m in (block.k, block.v)], 1)
+    kv = lambda x: torch.cat([m(block.norm1(x)).float() for m in (block.k, block.v)], 1)
     for p, q, t in zip(routed, dense, after):
         rows = p.in_set & (p.local > 0)
         x, now, new = p.x[rows], q.x[rows], t.x[rows]
-        y = torch.cat((new.double() - x.double(), kv(now) - kv(x)), 1).cpu()
-        x = F.pad(F.rms_norm(x, (d,)).double(), (0, 1), value=1.0).cpu()
-        xx += x.T @ x
+        y = torch.cat((new.float() - x.float(), kv(now) - kv(x)), 1).cpu()
+        x = F.pad(F.rms_norm(x.float(), (d,)), (0, 1), value=1.0).cpu()
+        xx += x.T @ x  # products of one batch in float32, their sum in float64
         xy += x.T @ y
-        yy += y.square().sum(0)
+        yy += y.double().square().sum(0)
     return xx, xy, yy
 
 
@@ -67,6 +67,8 @@ def solve(xx, xy, yy, held, rank):
         _, v = torch.linalg.eigh(scaled.T @ around[:d, :d] @ scaled)
         v = v[:, e - rank:]                                                     # where the forecasts vary most
         a, b = scaled @ v, v.T / weight.sqrt()
+        even = (b.norm(dim=1) / a.norm(dim=0).clamp(min=1e-12)).sqrt()          # factors of equal size, so that both can be tuned
+        a, b = a * even, b / even[:, None]
         c = (xy[d] - xx[d, :d] @ a @ b) / xx[d, d]                              # so that the mean is exact
         wrong = float((error(torch.cat((a @ b, c[None])), *held) * weight).sum() / (held[2] * weight).sum())
         if best is None or wrong < best[-1]:
@@ -113,7 +115,7 @@ def main():
     model, config = start(args)
     check(0 <= args.rank <= model.config.hidden_size, f"--rank {args.rank}: must lie between 0 and {model.config.hidden_size}")
     tokenizer, t = load_tokenizer(args.model), time.time()
-    parts = [load_samples(args.data, model, tokenizer, part, n, args.max_prompt, seed=args.seed)
+    parts = [load_samples(args.data, model, tokenizer, part, n, args.max_prompt, max_response=8, seed=args.seed)
              for part, n in (("train", args.nsamples), ("watch", args.nsamples and max(args.nsamples // 4, 1)))]
     f = fit(model, *parts, args.rank, Schedule.load(args.schedule) if args.schedule else None, args.router, args.seed)
     f.meta |= config

@@ -92,7 +92,8 @@ def warm_up(router, model, guide, samples, steps, lr=0.02):
         p = model.begin_samples(samples)
         for l, s in enumerate(model.schedule.sparsity):
             if 0 < s < 1:
-                blocks.append((l, router.factors(p, s)[free(p)], guide.targets(p, s)))
+                q = model.route(l, p)[1]  # the Pass that a decision sees
+                blocks.append((l, router.factors(q, s)[free(q)], guide.targets(q, s)))
             p = model.step(l, p)
     loss = torch.tensor(float("nan"))
     for step in bar(range(steps), desc="guide", unit="step"):
