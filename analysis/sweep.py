@@ -94,8 +94,8 @@ def main():
         mine = sorted((q["flops_saved"], q["kl"], q["ppl"] / dense) for q in points if q["method"] == method)
         for a, i in zip(axes, (1, 2)):
             a.plot([q[0] for q in mine], [q[i] for q in mine], style, label={"skip": "plain skip, K/V dropped"}.get(method, "forecast, K/V kept"))
-    for a, what in zip(axes, ("KL to the dense model, nats per token", "perplexity, times dense")):
-        a.set(xlabel="prompt block FLOPs saved", ylabel=what, yscale="log")
+    for a, what, scale in zip(axes, ("KL to the dense model, nats per token", "perplexity, times dense"), ("log", "linear")):
+        a.set(xlabel="prompt block FLOPs saved", ylabel=what, yscale=scale)
         a.grid(alpha=0.3)
     axes[0].legend()
     fig.tight_layout()
