@@ -592,9 +592,10 @@ class Block(nn.Module):
 
     def rest(self, h, att):
         """Residual adds and MLP. h, att (M, d)."""
-        h = h + self.o(att)
+        h = self.o(att).add_(h)
         a = self.norm2(h)
-        return h + self.down(F.silu(self.gate(a)) * self.up(a))
+        gate, up = self.gate(a), self.up(a)   # the widest states: no copies of them where no gradient needs them
+        return self.down(F.silu(gate) * up if gate.requires_grad else F.silu(gate, inplace=True).mul_(up)).add_(h)
 
     def forward(self, p, keep, kv, score):
         """Run the kept rows of p.x; returns the Pass after this block. Skipped rows are unchanged, or take p.forecast.
