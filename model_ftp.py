@@ -9,7 +9,6 @@ Sequences of a batch are packed, never padded: hidden states are (N, d) with N t
 sequences one after the other, so a batch mate or a pad can't reach a result. A skipped token is not
 multiplied by zero, it is absent: a block runs on the gathered rows of its kept tokens.
 """
-import copy
 import hashlib
 import json
 import math
@@ -285,13 +284,13 @@ class Router(nn.Module):
     def forward(self, l, f, h=None):
         """f (N, n_inputs), h (N, width) or None -> logits (N, 2), new h. The decision of block l."""
         g = l if self.kind == "local" else 0
-        z = f @ self.w1[g] + self.b1[g]
+        z = torch.addmm(self.b1[g], f, self.w1[g])
         if self.kind == "recurrent":
             z = z if h is None else z + h @ self.u
             z = h = torch.tanh(z)
         else:
             z = F.relu(z)
-        return z @ self.w2[g] + self.b2[g], h
+        return torch.addmm(self.b2[g], z, self.w2[g]), h
 
     def factors(self, p, s):
         """The inputs (N, n_inputs) float32 for the tokens of a Pass at a block of sparsity s, each scaled to [0, 1] whatever the
@@ -464,6 +463,7 @@ class Pass:
         place = np.where(in_set, local / np.maximum(size - 1, 1), 1.0).astype(np.float32)
         self.seq, self.local, self.pos, self.in_set, self.size, self.place = (
             torch.from_numpy(t).to(dev) for t in (seq, local, pos, in_set, size, place))
+        self.every = torch.arange(len(seq), device=dev)
         self.ends = self.in_set & ((self.local == 0) | (self.local == self.size - 1))   # always kept
         self.score, self.rank = torch.zeros_like(self.place), torch.zeros_like(self.place)
         self.known = {}                               # what the blocks have in common: position factors, static keep sets
@@ -480,7 +480,8 @@ class Pass:
         return self.full
 
     def next(self, **changed):
-        new = copy.copy(self)
+        new = Pass.__new__(Pass)
+        new.__dict__.update(self.__dict__)
         if "x" in changed:
             new.full, new.held = changed.pop("x"), None
         new.__dict__.update(changed)
@@ -498,7 +499,12 @@ class Keep:
     rope their rotary tables."""
     def __init__(self, p, rows, counts, set_counts, mask=None, gate=None):
         self.rows, self.counts, self.set_counts, self.mask, self.gate = rows, counts, set_counts, mask, gate
-        self.rope = p.rope if rows is None else tuple(t[rows] for t in p.rope)
+        self.rope = p.rope if rows is None else p.rope.index_select(1, rows)
+
+
+def routing_span():
+    """Marks routing for the profiler; nothing when none runs, as the mark itself costs as much as ten operators."""
+    return torch.profiler.record_function("ftp_routing") if torch.autograd._profiler_enabled() else nullcontext()
 
 
 def runs(*lists):
@@ -515,30 +521,31 @@ def attention_probs(q, k, last):
 
     last (b, Q): index of the newest key each query sees.
     """
-    b, Q, H, D = q.shape
-    g = H // k.shape[2]
-    w = q.reshape(b, Q, -1, g, D).permute(0, 2, 3, 1, 4) @ k.permute(0, 2, 3, 1).unsqueeze(2)   # (b, Hkv, g, Q, K)
-    seen = torch.arange(k.shape[1], device=q.device) <= last[:, None, None, :, None]
-    return (w.float() * D ** -0.5).masked_fill(~seen, -torch.inf).softmax(-1).mean((1, 2))
+    (b, Q, H, D), K, kv = q.shape, k.shape[1], k.shape[2]
+    q = (q * D ** -0.5).view(b, Q, kv, -1, D).permute(0, 2, 3, 1, 4).reshape(b * kv, -1, D)
+    w = (q @ k.permute(0, 2, 3, 1).reshape(b * kv, D, K)).float().view(b, H, Q, K)
+    return w.masked_fill_(torch.arange(K, device=q.device) > last[:, None, :, None], -torch.inf).softmax(-1).mean(1)
 
 
 def by_quota(p, margin, s):
-    """The quota(T, s) tokens of each prompt with the largest margin (N,), first and last always among them -> mask (N,),
-    and the smallest margin kept in each token's prompt (N,)."""
-    m = margin.detach().masked_fill(p.ends, torch.inf)
-    mask, least = torch.zeros_like(p.in_set), torch.zeros_like(m)
+    """The quota(T, s) tokens of each prompt with the largest margin (N,), first and last always among them -> mask (N,)."""
+    m, mask = margin.detach().masked_fill(p.ends, torch.inf), torch.zeros_like(p.in_set)
     for f, b, (n, size) in runs(p.n, p.n_set):
         if size:
             these = slice(p.start[f], p.start[f] + b * n)
-            top = m[these].view(b, n)[:, :size].topk(quota(size, s), 1)
-            mask[these].view(b, n).scatter_(1, top.indices, True)
-            least[these].view(b, n)[:, :size] = top.values[:, -1:].clamp(max=1e4)
-    return mask, least
+            mask[these].view(b, n).scatter_(1, m[these].view(b, n)[:, :size].topk(quota(size, s), 1, sorted=False).indices, True)
+    return mask
+
+
+def least_kept(p, margin, mask):
+    """The smallest margin kept in each token's prompt, (N,): a quota's threshold. At most 1e4, for prompts that keep their ends alone."""
+    m = margin.detach().masked_fill(~(mask & p.in_set) | p.ends, 1e4)
+    return m.new_full((len(p.n),), 1e4).scatter_reduce(0, p.seq, m, "amin")[p.seq]
 
 
 def relative_score(p, keys):
     """Attention p among `keys` keys -> [0, 1]: log(1 + p * keys) / log(1 + keys), so that length does not matter."""
-    return torch.log1p(p * keys) / torch.log1p(torch.as_tensor(keys, dtype=p.dtype, device=p.device))
+    return torch.log1p(p * keys) / (torch.log1p(keys) if torch.is_tensor(keys) else math.log1p(keys))
 
 
 def own_score(p, last):
@@ -549,9 +556,9 @@ def own_score(p, last):
     return relative_score(own[..., 0], keys), lower / (keys - 1).clamp(min=1)
 
 
-def rotate(x, cos, sin):
-    """Rotary embedding in the half-rotation layout. x (N, heads, D), cos and sin (N, D), the first half of sin negated."""
-    a, b = x.chunk(2, -1)
+def rotate(x, rope):
+    """Rotary embedding in the half-rotation layout. x (N, heads, D), rope (2, N, D): cos, and sin with its first half negated."""
+    (a, b), (cos, sin) = x.chunk(2, -1), rope
     return torch.addcmul(x * cos[:, None], torch.cat((b, a), -1), sin[:, None])
 
 
@@ -588,7 +595,7 @@ class Block(nn.Module):
         if missing is not None:
             t = t + F.pad(missing, (t.shape[1] - missing.shape[1], 0))
         t, turned = t.unflatten(1, (-1, D)), min(last, c.n_head + c.n_kv_head) - first
-        return rotate(t[:, :turned], *rope), t[:, turned:]
+        return rotate(t[:, :turned], rope), t[:, turned:]
 
     def rest(self, h, att):
         """Residual adds and MLP. h, att (M, d)."""
@@ -607,10 +614,10 @@ class Block(nn.Module):
         if p.forecast is None and (kv == "drop" or rows is None):
             if not keep.counts.any():
                 return p
-            h = p.x if rows is None else p.held[1] if p.held is not None and p.held[0] is rows else p.x[rows]
+            h = p.x if rows is None else p.held[1] if p.held is not None and p.held[0] is rows else p.x.index_select(0, rows)
         else:
             x = p.x
-            h = x if rows is None else x[rows]
+            h = x if rows is None else x.index_select(0, rows)
         if p.forecast is not None:
             update, missing = p.forecast
             p = p.next(forecast=None, x=x + update)
@@ -632,7 +639,7 @@ class Block(nn.Module):
         else:
             att = self.attend(keep, q, k, v, stored, at)
             if score is not None:
-                with torch.profiler.record_function("ftp_routing"):
+                with routing_span():
                     p = self.observe(p, keep, q, k, stored, at, score)
         h = self.rest(h, att)
         return p.next(x=h) if rows is None else p.next(held=(rows, h))
@@ -664,7 +671,7 @@ class Block(nn.Module):
             first, C = int(p.slots[0]), int(lens[0])       # decode, and every query sees all keys of its row: no mask, no copies
             k, v = (t[first:first + len(lens), :, :C] for t in (K, V))
             return F.scaled_dot_product_attention(q[:, :, None], k, v, enable_gqa=True).flatten(1), p
-        rows = torch.arange(len(p.local), device=dev) if keep.rows is None else keep.rows
+        rows = p.every if keep.rows is None else keep.rows
         if max(p.n) == 1:  # decode: every cache row in one product, so that no keys are copied; idle rows are dropped
             slots, last = (torch.from_numpy(t).to(dev)[rows] for t in (p.slots, past))
             C, every = int(p.cache.len[l].max()), last.new_zeros(p.cache.rows).index_copy(0, slots, last)
@@ -695,20 +702,19 @@ class Block(nn.Module):
     def observe(self, p, keep, q, k, stored, at, window):
         """Refresh the score table (method section 4): the attention each stored key of a prompt gets from the prompt's last
         `window` computed queries ("mean": from all, 64 at a time), and what each decoded token gives itself."""
-        dev = q.device
-        rows = torch.arange(len(p.local), device=dev) if keep.rows is None else keep.rows
-        key_rows = rows if at is None else torch.arange(len(p.local), device=dev)
+        dev, rows = q.device, p.every if keep.rows is None else keep.rows
+        key_rows = rows if at is None else p.every
         kset = keep.set_counts if at is None else p.set_counts
         score, rank, i, j = p.score.clone(), p.rank.clone(), 0, 0
         shapes = (t.tolist() for t in (keep.counts, stored, keep.set_counts, kset))
         for f, b, (c, m, qs, ks, size, n) in runs(*shapes, p.n_set, p.n):
             qb, kb = q[i:i + b * c].unflatten(0, (b, c)), k[j:j + b * m].unflatten(0, (b, m))
-            last = torch.arange(c, device=dev).expand(b, c) if at is None else at[i:i + b * c].view(b, c)
+            last = p.every[:c].expand(b, c) if at is None else at[i:i + b * c].view(b, c)
             if qs:
                 first = 0 if window == "mean" else max(0, qs - window)
                 got = sum(attention_probs(qb[:, lo:min(lo + 64, qs)], kb[:, :ks], last[:, lo:min(lo + 64, qs)]).sum(1)
                           for lo in range(first, qs, 64))
-                viewers = (last[:, first:qs, None] >= torch.arange(ks, device=dev)).sum(1)
+                viewers = qs - torch.searchsorted(last[:, :qs].contiguous(), p.every[:ks].expand(b, ks).contiguous()).clamp(min=first)
                 score[key_rows[j:j + b * m].view(b, m)[:, :ks]] = relative_score(got / viewers, ks)
                 whole = slice(p.start[f], p.start[f] + b * n)  # rank over the prompt, skipped tokens by their older score
                 order = score[whole].view(b, n)[:, :size].argsort(dim=1, stable=True)
@@ -967,24 +973,23 @@ class FTPModel(nn.Module):
                 u = torch.rand_like(margin).clamp(1e-6, 1 - 1e-6)
                 margin = margin + noise * (u.log() - (1 - u).log())   # difference of two Gumbel draws
         # decoded tokens, each by itself
-        theta = 0.0
+        theta, mask = 0.0, ~p.in_set
         if by_threshold:
             if self.aim is not None:
-                self.thresholds[l] = float(margin.detach()[~p.in_set].quantile(self.aim[l]))
+                self.thresholds[l] = float(margin.detach()[mask].quantile(self.aim[l]))
             theta = self.thresholds[l]
-            mask = ~p.in_set & (margin >= theta)
-        else:
-            mask = ~p.in_set & compute
+            mask = mask & (margin >= theta)
+        elif not compute:
+            mask = torch.zeros_like(mask)
         # the prompt, as a set
-        tau = torch.full_like(p.place, theta)
         if p.any_set and self.prefill == "argmax":
-            mask = mask | (p.in_set & (margin > 0)) | p.ends
+            chosen = (p.in_set & (margin > 0)) | p.ends
         elif p.any_set and self.router == "static":      # {x_0, x_T-1, x_T-2, ...}
             k = torch.tensor([quota(t, s) for t in p.n_set]).to(p.seq.device)[p.seq]
-            mask = mask | (p.in_set & (p.local > p.size - k)) | p.ends
+            chosen = (p.in_set & (p.local > p.size - k)) | p.ends
         elif p.any_set:
-            chosen, least = by_quota(p, margin, s)
-            mask, tau = mask | chosen, torch.where(p.in_set, least, tau)
+            chosen = by_quota(p, margin, s)
+        mask = mask | chosen if p.any_set else mask
         # how many: known beforehand for quotas, else only the device knows
         if self.prefill == "argmax" and p.any_set or by_threshold:
             count = torch.zeros(2, len(p.n), device=mask.device).index_add(1, p.seq, torch.stack((mask, mask & p.in_set)).float())
@@ -995,7 +1000,7 @@ class FTPModel(nn.Module):
         gate = None
         if noise is not None and logits is not None:
             free = p.in_set & ~p.ends if not by_threshold else ~p.ends
-            soft = torch.sigmoid(margin - tau)
+            soft = torch.sigmoid(margin - torch.where(p.in_set, least_kept(p, margin, mask), theta))
             gate = mask + torch.where(free, soft - soft.detach(), 0.0)
             p.trace.append((s, logits, p))
         keep = Keep(p, torch.nonzero_static(mask, size=int(counts.sum()))[:, 0], counts, set_counts, mask, gate)
@@ -1033,16 +1038,16 @@ class FTPModel(nn.Module):
             raise FTPError("a prompt is routed as a whole: it can't be added to a filled cache")
         if p.end > self.config.max_len:
             raise FTPError(f"{p.end} tokens are more than the model's {self.config.max_len}; shorten the prompt")
-        if self._rope is None or len(self._rope[0]) < p.end or self._rope[0].device != ids.device or self._rope[0].dtype != self.dtype:
+        if self._rope is None or self._rope.shape[1] < p.end or self._rope.device != ids.device or self._rope.dtype != self.dtype:
             angle = torch.arange(max(2 * p.end, 256))[:, None] * rope_frequencies(self.config)
             cos, sin = angle.cos(), angle.sin()
-            self._rope = tuple(torch.cat(t, 1).to(ids.device, self.dtype) for t in ((cos, cos), (-sin, sin)))
-        p.rope = tuple(t[p.pos] for t in self._rope)
+            self._rope = torch.stack((torch.cat((cos, cos), 1), torch.cat((-sin, sin), 1))).to(ids.device, self.dtype)
+        p.rope = self._rope.index_select(1, p.pos)
         return p
 
     def step(self, l, p, masked=False, noise=None):
         """Route and run block l: Pass -> Pass."""
-        with torch.profiler.record_function("ftp_routing") if self.schedule else nullcontext():
+        with routing_span():
             keep, p = self.route(l, p, noise)
         self.count(l, p, keep)
         if self.schedule and self.schedule.sparsity[l] >= 1:
@@ -1055,14 +1060,15 @@ class FTPModel(nn.Module):
         c, st = self.config, self.stats
         removed = self.schedule is not None and self.schedule.sparsity[l] >= 1
         kv_only = self.kv == "keep" and keep.rows is not None and not removed
-        sets, singles = keep.set_counts, keep.counts - keep.set_counts
-        kept, total = (int(sets.sum()), int(singles.sum())), (sum(p.n_set), sum(p.n) - sum(p.n_set))
+        sets = keep.set_counts.tolist()
+        singles = [n - m for n, m in zip(keep.counts.tolist(), sets)]
+        kept, total = (sum(sets), sum(singles)), (sum(p.n_set), sum(p.n) - sum(p.n_set))
         if kv_only:  # how many keys a kept query sees is known to the device alone: added there, read by Stats
             seen, in_set = (p.pos[keep.rows] + 1).double(), p.in_set[keep.rows]
             pairs = (seen * in_set).sum(), (seen * ~in_set).sum()
         else:
-            past = p.cache.len[l, p.slots] if p.has_past else 0
-            pairs = float((sets * (sets + 1)).sum()) / 2, float((singles * (sets + past) + singles * (singles + 1) / 2).sum())
+            past = p.cache.len[l, p.slots].tolist() if p.has_past else [0] * len(sets)
+            pairs = sum(m * (m + 1) for m in sets) / 2, sum(n * (m + h) + n * (n + 1) / 2 for n, m, h in zip(singles, sets, past))
         routed = keep.rows is not None and not removed and total
         for i, ph in enumerate(("prefill", "decode")):
             if not total[i]:
@@ -1079,7 +1085,7 @@ class FTPModel(nn.Module):
                 st.flops[ph] += self.router.flops(total[i])
         if self.reads_scores(l):
             width = math.inf if self.score_window == "mean" else self.score_window
-            st.flops["prefill"] += c.score_flops(1, sum(min(m, width) * m for m in sets.tolist()))
+            st.flops["prefill"] += c.score_flops(1, sum(min(m, width) * m for m in sets))
 
     def logits(self, x):
         """Next-token logits (M, vocab) of hidden states x (M, d) as they leave the last block."""

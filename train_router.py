@@ -53,7 +53,7 @@ class Order:
 
     def targets(self, p, s):
         """Its decisions for the free prompt rows of a pass, as the router's logits are ordered: 0 compute, 1 skip."""
-        return 1 - by_quota(p, self(p, s), s)[0][free(p)].long()
+        return 1 - by_quota(p, self(p, s), s)[free(p)].long()
 
     def mutated(self, other, rng, width):
         """A neighbour, the curve between its own and another's."""
