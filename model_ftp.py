@@ -516,15 +516,19 @@ def runs(*lists):
         first += b
 
 
-def attention_probs(q, k, last):
-    """Probabilities (b, Q, K) of queries q (b, Q, H, D) over keys k (b, K, Hkv, D), mean over heads, float32.
+def attention_probs(q, k, last=None):
+    """Probabilities (b, H, Q, K) of queries q (b, Q, H, D) over keys k (b, K, Hkv, D), float32.
 
-    last (b, Q): index of the newest key each query sees.
+    last (b, Q): index of the newest key each query sees; None: the queries are those of the last Q keys.
     """
     (b, Q, H, D), K, kv = q.shape, k.shape[1], k.shape[2]
     q = (q * D ** -0.5).view(b, Q, kv, -1, D).permute(0, 2, 3, 1, 4).reshape(b * kv, -1, D)
-    w = (q @ k.permute(0, 2, 3, 1).reshape(b * kv, D, K)).float().view(b, H, Q, K)
-    return w.masked_fill_(torch.arange(K, device=q.device) > last[:, None, :, None], -torch.inf).softmax(-1).mean(1)
+    w = torch.bmm(q, k.permute(0, 2, 3, 1).reshape(b * kv, D, K)).float().view(b, H, Q, K)
+    if last is None:
+        w[..., K - Q:].masked_fill_(torch.ones(Q, Q, dtype=torch.bool, device=q.device).triu_(1), -torch.inf)
+    else:
+        w.masked_fill_(torch.arange(K, device=q.device) > last[:, None, :, None], -torch.inf)
+    return w.softmax(-1)
 
 
 def by_quota(p, margin, s):
@@ -694,7 +698,7 @@ class Block(nn.Module):
                 o = F.scaled_dot_product_attention(q[r].transpose(0, 1)[None], k, v, mask, enable_gqa=True)
                 out.append(o[0].transpose(0, 1).reshape(n, -1))
                 if score is not None:
-                    probs = attention_probs(q[None, r], k.transpose(1, 2), last[None])
+                    probs = attention_probs(q[None, r], k.transpose(1, 2), last[None]).mean(1)
                     p = p.with_own(rows[r], *own_score(probs, last[None]))
             i += n
         return torch.cat(out), p
@@ -712,15 +716,19 @@ class Block(nn.Module):
             last = p.every[:c].expand(b, c) if at is None else at[i:i + b * c].view(b, c)
             if qs:
                 first = 0 if window == "mean" else max(0, qs - window)
-                got = sum(attention_probs(qb[:, lo:min(lo + 64, qs)], kb[:, :ks], last[:, lo:min(lo + 64, qs)]).sum(1)
-                          for lo in range(first, qs, 64))
-                viewers = qs - torch.searchsorted(last[:, :qs].contiguous(), p.every[:ks].expand(b, ks).contiguous()).clamp(min=first)
+                same = qs == ks and qs - first <= 64    # the last queries are those of the last keys
+                got = sum(attention_probs(qb[:, lo:min(lo + 64, qs)], kb[:, :ks], None if same else last[:, lo:min(lo + 64, qs)]).sum((1, 2))
+                          for lo in range(first, qs, 64)) / q.shape[1]
+                if same:
+                    viewers = (ks - p.every[:ks]).clamp(max=qs - first)
+                else:
+                    viewers = qs - torch.searchsorted(last[:, :qs].contiguous(), p.every[:ks].expand(b, ks).contiguous()).clamp(min=first)
                 score[key_rows[j:j + b * m].view(b, m)[:, :ks]] = relative_score(got / viewers, ks)
                 whole = slice(p.start[f], p.start[f] + b * n)  # rank over the prompt, skipped tokens by their older score
                 order = score[whole].view(b, n)[:, :size].argsort(dim=1, stable=True)
                 rank[whole].view(b, n)[:, :size].scatter_(1, order, torch.linspace(0, 1, size, device=dev).expand(b, size))
             if qs < c and p.own_scores:
-                own = own_score(attention_probs(qb[:, qs:], kb, last[:, qs:]), last[:, qs:])
+                own = own_score(attention_probs(qb[:, qs:], kb, last[:, qs:]).mean(1), last[:, qs:])
                 score[rows[i:i + b * c].view(b, c)[:, qs:]], rank[rows[i:i + b * c].view(b, c)[:, qs:]] = own
             i, j = i + b * c, j + b * m
         return p.next(score=score, rank=rank)
@@ -973,13 +981,13 @@ class FTPModel(nn.Module):
                 u = torch.rand_like(margin).clamp(1e-6, 1 - 1e-6)
                 margin = margin + noise * (u.log() - (1 - u).log())   # difference of two Gumbel draws
         # decoded tokens, each by itself
-        theta, mask = 0.0, ~p.in_set
+        theta, mask = 0.0, None if p.all_set else ~p.in_set
         if by_threshold:
             if self.aim is not None:
                 self.thresholds[l] = float(margin.detach()[mask].quantile(self.aim[l]))
             theta = self.thresholds[l]
             mask = mask & (margin >= theta)
-        elif not compute:
+        elif mask is not None and not compute:
             mask = torch.zeros_like(mask)
         # the prompt, as a set
         if p.any_set and self.prefill == "argmax":
@@ -989,7 +997,7 @@ class FTPModel(nn.Module):
             chosen = (p.in_set & (p.local > p.size - k)) | p.ends
         elif p.any_set:
             chosen = by_quota(p, margin, s)
-        mask = mask | chosen if p.any_set else mask
+        mask = chosen if p.all_set else mask | chosen if p.any_set else mask
         # how many: known beforehand for quotas, else only the device knows
         if self.prefill == "argmax" and p.any_set or by_threshold:
             count = torch.zeros(2, len(p.n), device=mask.device).index_add(1, p.seq, torch.stack((mask, mask & p.in_set)).float())
