@@ -671,11 +671,14 @@ class Block(nn.Module):
     def attend_past(self, p, keep, q, past, at, score):
         """New tokens over the cache, where their own keys already are -> att (M, H * D), Pass with their own scores."""
         l, dev, K, V, lens = self.l, q.device, p.cache.k[self.l], p.cache.v[self.l], p.cache.len[self.l, p.slots]
-        if max(p.n) == 1 and score is None and len(q) == len(lens) and even(p.slots, lens):
+        rows = p.every if keep.rows is None else keep.rows
+        if max(p.n) == 1 and len(q) == len(lens) and even(p.slots, lens):
             first, C = int(p.slots[0]), int(lens[0])       # decode, and every query sees all keys of its row: no mask, no copies
             k, v = (t[first:first + len(lens), :, :C] for t in (K, V))
+            if score is not None:
+                probs = attention_probs(q[:, None], k.transpose(1, 2)).mean(1)
+                p = p.with_own(rows, *own_score(probs, torch.full_like(rows, C - 1)[:, None]))
             return F.scaled_dot_product_attention(q[:, :, None], k, v, enable_gqa=True).flatten(1), p
-        rows = p.every if keep.rows is None else keep.rows
         if max(p.n) == 1:  # decode: every cache row in one product, so that no keys are copied; idle rows are dropped
             slots, last = (torch.from_numpy(t).to(dev)[rows] for t in (p.slots, past))
             C, every = int(p.cache.len[l].max()), last.new_zeros(p.cache.rows).index_copy(0, slots, last)
