@@ -98,7 +98,7 @@ def generated_hits(model, tokenizer, items, max_new_tokens=32, max_tokens=8192):
     for first, group in bar(list(batches([(ids, range(max_new_tokens)) for ids in prompts], max_tokens)), desc="answers", unit="batch", leave=False):
         for it, new in zip(items[first:], model.generate([list(ids) for ids, _ in group], max_new_tokens)):
             line = bare(tokenizer.decode(new, skip_special_tokens=True).strip().split("\n")[0])
-            hits.append(float(any(bare(a) in line for a in it["continuations"])))
+            hits.append(float(any(bare(a) and bare(a) in line for a in it["continuations"])))
     return hits
 
 
