@@ -7,6 +7,7 @@
 import json
 import math
 import random
+import statistics
 from pathlib import Path
 
 from common import bar, check
@@ -294,3 +295,14 @@ def standard_error(values):
     n = len(values)
     mean = sum(values) / n
     return math.sqrt(sum((v - mean) ** 2 for v in values) / max(n - 1, 1) / n)
+
+
+def spread(values):
+    """Over seeds: {"mean", "std", "n"} of the values that are there (None is not); std None for one value, mean None for none."""
+    v = [x for x in values if x is not None]
+    return {"mean": statistics.mean(v) if v else None, "std": statistics.stdev(v) if len(v) > 1 else None, "n": len(v)}
+
+
+def shown(s):
+    """A spread as text."""
+    return "-" if s["mean"] is None else f"{s['mean']:.4f}" + ("" if s["std"] is None else f" ± {s['std']:.4f}")

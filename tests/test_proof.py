@@ -2,11 +2,11 @@
 import json
 import math
 import random
+import sys
 
 import pytest
 import torch
-import torch
-from test_stages import ROOT, call, common
+from test_stages import ROOT, call, common, inside
 
 import data
 import evaluate
@@ -125,7 +125,8 @@ def evaluated(workshop, out, *more):
     """Rows of an evaluate.py run on the tiny model, {name: row}, and what it printed."""
     s = Schedule.uniform(FTPModel.from_pretrained(workshop[0]), 0.4)
     s.save(out / "schedule.json")
-    got = call("evaluate.py", *common(workshop, out)[0], *common(workshop, out)[1], "--schedule", out / "schedule.json", "--rows", "static", "--nsamples", 4, *more)
+    a, b = common(workshop, out)
+    got = call("evaluate.py", *a, *b, "--schedule", out / "schedule.json", "--rows", "static", "--nsamples", 4, *more)
     return {r["name"]: r for r in json.loads((out / "eval.json").read_text())["rows"]}, got.stdout
 
 
@@ -201,8 +202,102 @@ def test_generated_answers(tiny):
 
 
 def test_retention():
-    dense = {"a": {"acc": 0.5, "acc_norm": None, "chance": 0.25}, "piqa": {"acc": 0.1, "acc_norm": 0.9, "chance": 0.5}, "b": {"acc": 0.2, "acc_norm": 0.2, "chance": 0.25}}
+    dense = {"a": {"acc": 0.5, "acc_norm": None, "chance": 0.25}, "piqa": {"acc": 0.1, "acc_norm": 0.9, "chance": 0.5},
+             "b": {"acc": 0.2, "acc_norm": 0.2, "chance": 0.25}}
     mine = {"a": {"acc": 0.25, "acc_norm": None}, "piqa": {"acc": 0.9, "acc_norm": 0.7}, "b": {"acc": 0.2, "acc_norm": 0.0}}
     plain, fixed = evaluate.retention(mine, dense)
     assert plain == pytest.approx((0.5 + 7 / 9 + 1) / 3) and fixed == pytest.approx((0 + 0.5) / 2)
     assert evaluate.retention({}, {}) == [None, None]
+
+
+def eval_file(path, rows, **settings):
+    """An eval.json with rows {name: (FLOPs saved, perplexity, KL, retention)}, as evaluate.py writes it."""
+    make = lambda name, saved, ppl, kl, kept: {
+        "name": name, "sparsity_prefill": saved, "sparsity_decode": 0.0, "flops_saved_prefill": saved, "flops_saved_total": saved / 2, "kl": kl,
+        "ppl": {"responses": 3.0, "wiki": ppl}, "retention_chance_corrected": kept, "retention_context_chance_corrected": None}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"format": "ftp-eval-1", "config": {"settings": {"protocol": "causal", **settings}, "fingerprint": {"config": "x"}},
+                                "rows": [make("dense", 0.0, 20.0, 0.0, 1.0), *(make(k, *v) for k, v in rows.items())]}))
+    return path
+
+
+def test_pareto(tmp_path, capsys):
+    """Seeds of one level become one point with its spread, levels stay apart, speed-ups find their point, unlike files are refused."""
+    files = [eval_file(tmp_path / f"{i}.json", {"ftp": (0.30 + 0.001 * i, 22.0 + i, 0.1 * (i + 1), 0.9), "static": (0.22, 30.0, 0.5, None)}) for i in range(3)]
+    files.append(eval_file(tmp_path / "hard.json", {"ftp": (0.40, 40.0, 0.9, 0.5)}))
+    bench = lambda name, T, s, x: {"name": name, "phase": "prefill", "batch_size": 1, "prompt_len": T, "sparsity_prefill": s, "speedup_vs_dense": x,
+                                   "median_ms": 10 / x, "flops_bound": 1.5}
+    (tmp_path / "bench.json").write_text(json.dumps({"format": "ftp-bench-1", "rows": [
+        bench("dense", 64, 0.0, 1.0), bench("ftp", 64, 0.3, 1.3), bench("ftp", 32, 0.3, 9.0), bench("ftp", 64, 0.41, 1.6), bench("static 0.22", 64, 0.22, 1.2),
+        bench("transformers", 64, None, 1.0)]}))
+    inside("analysis/pareto.py", *files, f"new={files[0]}", "--bench", tmp_path / "bench.json", "--out_dir", tmp_path, capsys=capsys)
+    points = json.loads((tmp_path / "pareto.json").read_text())["points"]
+    assert [(q["name"], q["saved"]["n"]) for q in points] == [("ftp", 3), ("ftp", 1), ("new ftp", 1), ("new static", 1), ("static", 3)]
+    a, hard, static = points[0], points[1], points[4]
+    assert a["saved"]["mean"] == pytest.approx(0.301) and a["ppl"] == {"mean": pytest.approx(1.15), "std": pytest.approx(0.05), "n": 3}
+    assert a["kl"]["mean"] == pytest.approx(0.2) and a["kl"]["std"] == pytest.approx(0.1) and hard["kl"] == {"mean": 0.9, "std": None, "n": 1}
+    assert [q["speed"]["mean"] for q in (a, hard, static, points[2])] == [1.3, 1.6, 1.2, None]
+    assert static["retention_chance_corrected"]["mean"] is None and (tmp_path / "pareto.png").stat().st_size > 10000
+    assert inside("analysis/pareto.py", *files, "--cost", "total", "--out_dir", tmp_path, capsys=capsys)[0] == 0
+    assert json.loads((tmp_path / "pareto.json").read_text())["points"][0]["saved"]["mean"] == pytest.approx(0.1505)
+    other = eval_file(tmp_path / "joint.json", {"ftp": (0.3, 22.0, 0.1, 0.9)}, protocol="joint")
+    for more, say_so in (([other], "protocol"), (["--bench", tmp_path / "bench.json", "--length", 7], "--length"), (["--text", "none"], "--text")):
+        code, _, err = inside("analysis/pareto.py", *files, *more, "--out_dir", tmp_path, capsys=capsys)
+        assert code == 2 and say_so in err and len(err.strip().splitlines()) == 1
+
+
+def test_ablations(workshop, tmp_path, capsys):
+    """Cells run as subprocesses and share their stages; what has run is not run again, what was interrupted is; other flags are refused."""
+    a, b = common(workshop, tmp_path)
+    few = "--nsamples 2 --nwatch 2 --max_response 8 "
+    words = ["analysis/ablations.py", *a, *b, f"--search={few}--population 2 --elite 1 --evaluations 2", "--axes", "protocol",
+             f"--train={few}--steps 1 --warmup 2 --guide_evals 2 --guide_samples 1",
+             f"--evaluate=--nsamples 2 --text {workshop[1]}/book.txt --nwindows 2 --scored 8"]
+    code, out, err = inside(*words, capsys=capsys)
+    assert code == 0, err
+    assert "4 of them to run" in out and out.count("ETA") == 4  # search, training and evaluation of the base; evaluation of joint
+    base, joint = (tmp_path / f"{cell}/seed0" for cell in ("base", "protocol-joint"))
+    before = (base / "eval.json").read_bytes()
+    (joint / "stages.json").unlink()
+    (joint / "eval.json").unlink()
+    code, out, err = inside(*words, capsys=capsys)
+    assert code == 0 and "1 of them to run" in out and out.count("ETA") == 1 and (base / "eval.json").read_bytes() == before
+    rows = {(r["axis"], r["variant"]): r for r in json.loads((tmp_path / "ablations.json").read_text())["rows"]}
+    assert set(rows) == {("base", ""), ("protocol", "joint")}
+    assert rows["base", ""]["over_seeds"]["KL"]["mean"] != rows["protocol", "joint"]["over_seeds"]["KL"]["mean"] > 0
+    used = [json.loads((folder / "eval.json").read_text())["config"]["settings"] for folder in (base, joint)]
+    assert used[0]["router"] == used[1]["router"] == str(base / "router.safetensors") and [u["protocol"] for u in used] == ["causal", "joint"]
+    for more, say_so in ((["--sparsity", "0.2"], "other flags"), (["--axes", "colour"], "--axes"), (["--seeds", "x"], "--seeds")):
+        code, _, err = inside(*words, *more, capsys=capsys)
+        assert code == 2 and say_so in err and len(err.strip().splitlines()) == 1
+    (joint / "stages.json").unlink()
+    (base / "schedule.json").write_text("{")  # a stage that fails names itself, and the run ends in one line
+    code, out, err = inside(*words, capsys=capsys)
+    assert code == 2 and "1 stages failed" in err and "--schedule" in err and "base" in out
+
+
+def test_ablation_table(tmp_path):
+    sys.path.insert(0, str(ROOT / "analysis"))
+    import ablations
+    table = ablations.cells([8])
+    args = type("args", (), dict(out_dir=tmp_path, model="m", data="d", device="cpu", dtype="float32", sparsity=0.3, search="", train="--steps 5", finetune="",
+                                 forecast="", evaluate=""))
+    todo = ablations.plan(table, [0, 1, 2], args)
+    assert len(todo) == 3 * len(table) and len({steps[-1][2] for steps in todo.values()}) == len(todo)  # a folder a cell and seed
+    stages = {(script, folder) for steps in todo.values() for script, _, folder in steps}
+    per_seed = {s: sum(script == s for script, _ in stages) / 3 for s in ablations.STAGES.values()}
+    retrained = [c for c in table if c[0] != "protocol" and "finetune" not in c[2]]
+    assert per_seed == {"fit_forecaster.py": 1, "search_scheduler.py": 5, "train_router.py": len(retrained), "finetune_static.py": 1, "evaluate.py": len(table)}
+    for script, words, _ in (s for steps in todo.values() for s in steps):  # every flag is one that the stage knows
+        known = (ROOT / script).read_text() + (ROOT / "common.py").read_text() + (ROOT / "search_scheduler.py").read_text()
+        assert all(f'"{w}"' in known for w in words if w.startswith("--"))
+    done = {("base", ""): {}, ("router", "local"): {}}
+    for cell, kl in zip(done, (0.1, 0.4)):
+        for seed in range(3):
+            rows = {"static": (0.3, 25.0, 0.5, 0.8), "ftp": (0.3, 22.0, kl + 0.1 * seed, 0.9)}
+            done[cell][seed] = eval_file(tmp_path / cell[0] / str(seed) / "eval.json", rows).parent
+    lines = ablations.write(tmp_path, done, {})
+    rows = json.loads((tmp_path / "ablations.json").read_text())["rows"]
+    assert rows[0]["over_seeds"]["KL"]["mean"] == pytest.approx(0.2)
+    assert rows[1]["over_seeds"]["KL"] == {"mean": pytest.approx(0.5), "std": pytest.approx(0.1), "n": 3}
+    assert len(lines) == 4 and "0.5000 ± 0.1000" in lines[3] and lines == (tmp_path / "ablations.md").read_text().splitlines()
