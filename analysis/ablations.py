@@ -27,7 +27,7 @@ STAGES = {"forecast": "fit_forecaster.py", "search": "search_scheduler.py", "tra
 FORECAST = "--kv keep --forecaster {forecaster}"
 
 
-def cells(sizes):
+def cells(sizes, steps):
     """[(axis, variant, {stage: flags beyond the base's})]; "route" goes to every stage from the search on, "finetune" asks for stage 3."""
     inputs = [(f"no {f}", ",".join(g for g in FACTORS if g != f)) for f in FACTORS]
     inputs += [("hidden", "hidden"), ("four and hidden", ",".join((*FACTORS, "hidden")))]
@@ -43,7 +43,7 @@ def cells(sizes):
         ("score", "mean", {"train": "--score mean"}),
         ("decision", "argmax", {"train": "--prefill argmax", "evaluate": "--prefill argmax"}),
         ("protocol", "joint", {"evaluate": "--protocol joint"}),
-        *(("samples", str(n), {"train": f"--nsamples {n}"}) for n in sizes),
+        *(("samples", str(n), {"train": f"--nsamples {n}"}) for n in sizes), *(("steps", str(n), {"train": f"--steps {n}"}) for n in steps),
         ("kv", "keep", {"route": "--kv keep"}), ("kv", "keep and forecast", {"route": FORECAST}),
         ("forecast_input", "with it", {"route": FORECAST, "train": f"--inputs {','.join(FACTORS)},forecast"})]  # beside kv, keep and forecast
 
@@ -100,12 +100,15 @@ def execute(script, words, folder, threads):
 
 
 def figures(folder):
-    """The figures of one evaluated cell that the table shows, and the work of its router's training."""
-    rows = {r["name"]: r for r in load_json(folder / "eval.json", "ftp-eval-1", "--out_dir")["rows"]}
+    """The figures of one evaluated cell that the table shows, and what its router was trained on."""
+    o = load_json(folder / "eval.json", "ftp-eval-1", "--out_dir")
+    rows, router = {r["name"]: r for r in o["rows"]}, o["config"]["settings"].get("router")
     row = rows.get("ftp") or list(rows.values())[-1]
     got = {"skipped": row["sparsity_prefill"], "FLOPs saved": row["flops_saved_prefill"], "KL": row["kl"], "KL static": rows.get("static", {}).get("kl")}
-    return got | {f"ppl {t}": v for t, v in row["ppl"].items()} | {"retention, corrected": row["retention_chance_corrected"],
+    got |= {f"ppl {t}": v for t, v in row["ppl"].items()} | {"retention, corrected": row["retention_chance_corrected"],
                                                              "with context, corrected": row["retention_context_chance_corrected"]}
+    work = load_json(Path(router).with_suffix(".json"), "ftp-router-1", "--out_dir")["meta"]["work"] if router else {}
+    return got | {"training tokens": work.get("tokens")}
 
 
 def write(out_dir, done, settings):
@@ -130,15 +133,16 @@ def main():
     p.add_argument("--sparsity", type=float, default=0.30, help="target: mean share of tokens that skip a block")
     p.add_argument("--data", default="self", help='calibration and held-out samples: "self", file, or datasets ids')
     p.add_argument("--sizes", default="8,32", help="numbers of training samples to try, comma list")
+    p.add_argument("--steps", default="15,240", help="numbers of training steps to try, comma list: training tokens are in proportion")
     for stage, script in STAGES.items():
         p.add_argument(f"--{stage}", default="", help=f'more flags for {script}, in one string: --{stage}="..."')
     args = p.parse_args()
     try:
-        seeds, sizes = ([int(v) for v in (s or "").split(",") if v] for s in (args.seeds or str(args.seed), args.sizes))
+        seeds, sizes, steps = ([int(v) for v in s.split(",") if v] for s in (args.seeds or str(args.seed), args.sizes, args.steps))
     except ValueError:
-        raise FTPError(f"--seeds {args.seeds} --sizes {args.sizes}: give whole numbers parted by commas") from None
+        raise FTPError(f"--seeds {args.seeds} --sizes {args.sizes} --steps {args.steps}: give whole numbers parted by commas") from None
     check(seeds, f"--seeds {args.seeds}: give at least one")
-    table = cells(sizes)
+    table = cells(sizes, steps)
     axes = list(dict.fromkeys(axis for axis, _, _ in table))
     wanted = axes if args.axes is None else ["base", *args.axes.split(",")]
     check(set(wanted) <= set(axes), f"--axes {args.axes}: unknown; choose from {','.join(axes[1:])}")

@@ -264,6 +264,7 @@ def test_ablations(workshop, tmp_path, capsys):
     assert code == 0 and "1 of them to run" in out and out.count("ETA") == 1 and (base / "eval.json").read_bytes() == before
     rows = {(r["axis"], r["variant"]): r for r in json.loads((tmp_path / "ablations.json").read_text())["rows"]}
     assert set(rows) == {("base", ""), ("protocol", "joint")}
+    assert rows["base", ""]["over_seeds"]["training tokens"]["mean"] > 10
     assert rows["base", ""]["over_seeds"]["KL"]["mean"] != rows["protocol", "joint"]["over_seeds"]["KL"]["mean"] > 0
     used = [json.loads((folder / "eval.json").read_text())["config"]["settings"] for folder in (base, joint)]
     assert used[0]["router"] == used[1]["router"] == str(base / "router.safetensors") and [u["protocol"] for u in used] == ["causal", "joint"]
@@ -279,7 +280,7 @@ def test_ablations(workshop, tmp_path, capsys):
 def test_ablation_table(tmp_path):
     sys.path.insert(0, str(ROOT / "analysis"))
     import ablations
-    table = ablations.cells([8])
+    table = ablations.cells([8], [5])
     args = type("args", (), dict(out_dir=tmp_path, model="m", data="d", device="cpu", dtype="float32", sparsity=0.3, search="", train="--steps 5", finetune="",
                                  forecast="", evaluate=""))
     todo = ablations.plan(table, [0, 1, 2], args)
