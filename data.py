@@ -7,6 +7,7 @@
 import json
 import math
 import random
+import statistics
 from pathlib import Path
 
 from common import bar, check
@@ -219,9 +220,18 @@ HUB = {
 }
 
 
+# tasks that mean nothing without their context, known by name; LAMBADA-like and long-prompt items, and those that say "needs_context", join them
+NEEDS_CONTEXT = {"lambada", "boolq", "squad", "multi_document_qa", "yes_no_qa"}
+
+
 def load_task(spec, limit=None):
     """name or name=file -> (name, items). Items hold "contexts" and "continuations" (one pair an option, texts whose plain
-    concatenation is scored) and "answer"; LAMBADA-like items hold one pair and no answer."""
+    concatenation is scored), "answer", and "needs_context"; LAMBADA-like items hold one pair and no answer.
+
+    Forms in a file: {"context", "choices", "answer"}, {"contexts", "continuation", "answer"}, {"context", "word"}, and {"prompt", "answers"}:
+    where all answers are yes or no a choice of these two, else questions whose generated answer is searched for one of "answers" (these
+    items hold one context, and "generate"). Of a file whose prompts have a "kind", the items of the kind that the task is named by are taken.
+    """
     name, _, path = spec.partition("=")
     if path:
         rows = read_rows(path, "--tasks")
@@ -229,10 +239,23 @@ def load_task(spec, limit=None):
         check(name in HUB, f"--tasks {name}: unknown task; give name=file.jsonl, or one of {', '.join(HUB)}")
         hub, config, split, convert = HUB[name]
         rows = [convert(r) for r in from_hub(hub, config, split, "--tasks")]
+    kinds = {str(r["kind"]) for r in rows if "prompt" in r and "kind" in r}
+    if kinds:
+        check(name in kinds, f"--tasks {name}: {path} holds prompts of several kinds; name the task after one of them: {', '.join(sorted(kinds))}")
+        rows = [r for r in rows if r.get("kind") == name]
+    try:
+        yes_no = all({a.lower() for a in r["answers"]} in ({"yes"}, {"no"}) for r in rows if "prompt" in r)
+    except (KeyError, TypeError, AttributeError):
+        raise FTPError(f"--tasks {name}: a prompt lacks its list of answers; see load_task in data.py for the form") from None
     items = []
     for i, r in enumerate(rows[:limit]):
         try:
-            if "word" in r:
+            if "prompt" in r and yes_no:
+                item = {"contexts": [r["prompt"]] * 2, "continuations": [" yes", " no"], "answer": int(r["answers"][0].lower() == "no")}
+            elif "prompt" in r:
+                check(r["answers"], f"--tasks {name}: item {i + 1} has no answer to compare with; leave such items out")
+                item = {"contexts": [r["prompt"]], "continuations": list(r["answers"]), "answer": None, "generate": True}
+            elif "word" in r:
                 item = {"contexts": [r["context"]], "continuations": [r["word"]], "answer": None}
             elif "choices" in r:
                 item = {"contexts": [r["context"]] * len(r["choices"]), "continuations": list(r["choices"]), "answer": r["answer"]}
@@ -244,21 +267,27 @@ def load_task(spec, limit=None):
         good = all(isinstance(t, str) for t in texts) and all(item["continuations"]) and (
             item["answer"] is None or (isinstance(item["answer"], int) and 0 <= item["answer"] < len(item["contexts"])))
         check(good, f"--tasks {name}: item {i + 1} has an empty choice or an answer out of range; mend it")
-        items.append(item)
+        needed = r.get("needs_context", name in NEEDS_CONTEXT or "word" in r or "prompt" in r)
+        items.append(item | {"needs_context": bool(needed)})
     check(items, f"--tasks {name}: no items; raise --limit or give another file")
     return name, items
 
 
+def encode(tokenizer, text):
+    """Ids of a text, with the start token that the tokenizer adds, unless the text begins with it (chat templates)."""
+    return tokenizer(text, add_special_tokens=not (tokenizer.bos_token and text.startswith(tokenizer.bos_token)))["input_ids"]
+
+
 def encode_pair(tokenizer, context, continuation):
-    """Ids of context and continuation, tokenised as one text and parted as lm-evaluation-harness does. An empty context
-    becomes the start token, so that there is something to predict from."""
-    both = tokenizer(context + continuation)["input_ids"]
-    head = tokenizer(context)["input_ids"] if context else []
-    n = min(len(head), len(both) - 1)
-    if n == 0:
-        start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    """Ids of context and continuation, tokenised as one text and parted as lm-evaluation-harness does: blanks that end the context
+    go to the continuation. An empty context becomes the start token, so that there is something to predict from."""
+    stem = context.rstrip()
+    both = encode(tokenizer, context + continuation) if stem else tokenizer(context + continuation, add_special_tokens=False)["input_ids"]
+    n = min(len(encode(tokenizer, stem)), len(both) - 1) if stem else 0
+    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    if n == 0 and (len(both) == 1 or both[0] != start):
         return [start], both
-    return both[:n], both[n:]
+    return both[:max(n, 1)], both[max(n, 1):]
 
 
 def standard_error(values):
@@ -266,3 +295,14 @@ def standard_error(values):
     n = len(values)
     mean = sum(values) / n
     return math.sqrt(sum((v - mean) ** 2 for v in values) / max(n - 1, 1) / n)
+
+
+def spread(values):
+    """Over seeds: {"mean", "std", "n"} of the values that are there (None is not); std None for one value, mean None for none."""
+    v = [x for x in values if x is not None]
+    return {"mean": statistics.mean(v) if v else None, "std": statistics.stdev(v) if len(v) > 1 else None, "n": len(v)}
+
+
+def shown(s):
+    """A spread as text."""
+    return "-" if s["mean"] is None else f"{s['mean']:.4f}" + ("" if s["std"] is None else f" ± {s['std']:.4f}")

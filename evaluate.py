@@ -3,20 +3,30 @@
     python evaluate.py --schedule out/schedule_ft.json --router out/router.safetensors            # -> out/eval.json, a table
     python evaluate.py --tasks arc_easy,hellaswag,mmlu --limit 500 --rows static,ftp,ftp_decode   # by datasets ids
     python evaluate.py --tasks mine=items.jsonl --text book.txt --protocol joint
+    python evaluate.py --tasks arc_easy,piqa,lambada --floor --text Salesforce/wikitext:wikitext-2-raw-v1:test --nwindows 0
 
 Rows: dense (always), uniform (static router, uniform schedule of the same mean), static (static router, --schedule), random and
 attention (other selections), ftp (--router; the prompt is routed, decoding is dense), ftp_decode (decoded tokens skip too, by
 threshold), rule (the paper's decode rule). Protocol causal: a context is routed as a prompt, the scored text runs as decoded
 tokens. joint (the paper's): context and continuation are routed together, which no generation can reproduce.
+
+Perplexity is the field's: WikiText-2 raw, its rows joined by blank lines, tokenised once without a start token, cut in windows that do not
+overlap, exp of the mean loss of all scored tokens. A window's first --context tokens are the prompt (routed), the --scored ones after it run
+as decoded tokens. --context 1 --scored 2047 --nwindows 0 is the usual number of a dense model at length 2048; nothing is routed then.
+
+Retention is the mean over tasks of score / dense score; corrected, of what both have above chance. Tasks that need their context (LAMBADA,
+documents, yes/no questions: NEEDS_CONTEXT in data.py) have a mean of their own. --floor scores every choice task without its question, too:
+what a model keeps that skips the whole prompt.
 """
 import math
+import string
 import time
 from pathlib import Path
 
 import torch
 
 from common import Parser, bar, check, routing_of, run, start
-from data import encode_pair, load_samples, load_task, load_text, load_tokenizer, standard_error, windows
+from data import encode, encode_pair, load_samples, load_task, load_text, load_tokenizer, standard_error, windows
 from model_ftp import Router, Schedule, Stats, batches, by_sample, kl_divergence, load_json, save_json
 
 METRIC = {"arc_challenge": "acc_norm", "hellaswag": "acc_norm", "openbook_qa": "acc_norm", "piqa": "acc_norm"}  # others: acc
@@ -76,8 +86,28 @@ def score_pairs(model, pairs, protocol, max_tokens=2048):
     return out
 
 
+def bare(text):
+    """Lower case, without punctuation and articles: the form in which short answers are compared."""
+    words = "".join(c for c in text.lower() if c not in string.punctuation).split()
+    return " ".join(w for w in words if w not in ("a", "an", "the"))
+
+
+def generated_hits(model, tokenizer, items, max_new_tokens=32, max_tokens=8192):
+    """1.0 for each item whose greedy answer's first line holds one of its answers, else 0.0: (n,) list. Always prompt, then decoding."""
+    prompts, hits = [encode(tokenizer, it["contexts"][0]) for it in items], []
+    for first, group in bar(list(batches([(ids, range(max_new_tokens)) for ids in prompts], max_tokens)), desc="answers", unit="batch", leave=False):
+        for it, new in zip(items[first:], model.generate([list(ids) for ids, _ in group], max_new_tokens)):
+            line = bare(tokenizer.decode(new, skip_special_tokens=True).strip().split("\n")[0])
+            hits.append(float(any(bare(a) and bare(a) in line for a in it["continuations"])))
+    return hits
+
+
 def evaluate_task(model, tokenizer, items, protocol):
     """Scores of one task's items -> {"acc", "acc_norm", "stderr", "n", "chance", ...}, perplexity for items without an answer."""
+    if items[0].get("generate"):
+        acc = generated_hits(model, tokenizer, items)
+        return {"acc": sum(acc) / len(acc), "acc_norm": None, "stderr": standard_error(acc), "n": len(acc), "chance": 0.0,
+                "items": [int(v) for v in acc], "items_norm": []}
     pairs = [encode_pair(tokenizer, a, b) for it in items for a, b in zip(it["contexts"], it["continuations"])]
     scores, i = score_pairs(model, pairs, protocol), 0
     acc, norm, sums = [], [], []
@@ -97,6 +127,31 @@ def evaluate_task(model, tokenizer, items, protocol):
            "chance": mean([0.0 if it["answer"] is None else 1 / len(it["contexts"]) for it in items]),
            "items": [int(v) for v in acc], "items_norm": [int(v) for v in norm]}
     return got | ({"ppl": math.exp(-mean(sums))} if sums else {})
+
+
+def figure(task, got):
+    """The score that a task is reported by."""
+    return got["acc"] if got["acc_norm"] is None else got[METRIC.get(task, "acc")]
+
+
+def floor(model, tokenizer, task, items, protocol):
+    """The task's score with the question removed; None where there is none to choose by. Options that differ in the context alone tie."""
+    if items[0]["answer"] is None:
+        return None
+    if all(len(set(it["continuations"])) == 1 for it in items):
+        return sum(1 / len(it["contexts"]) for it in items) / len(items)
+    return figure(task, evaluate_task(model, tokenizer, [it | {"contexts": [""] * len(it["contexts"])} for it in items], protocol))
+
+
+def retention(mine, dense, key=figure):
+    """Means over tasks {name: scores} of mine / dense, and of the same with chance taken off both; None without a task above 0, or chance."""
+    kept, fixed = [], []
+    for task, base in dense.items():
+        a, b, chance = key(task, mine[task]), figure(task, base), base["chance"]
+        if a is not None:
+            kept += [a / b] if b > 0 else []
+            fixed += [(a - chance) / (b - chance)] if b > chance else []
+    return [sum(v) / len(v) if v else None for v in (kept, fixed)]
 
 
 def nll(model, states, samples):
@@ -137,37 +192,40 @@ def evaluate_row(model, tokenizer, name, args, tasks, texts, samples, dense):
     for task, things in tasks.items():
         row["tasks"][task] = evaluate_task(model, tokenizer, things, args.protocol)
         account(task)
+        row["tasks"][task]["needs_context"] = any(it["needs_context"] for it in things)
+        if args.floor:
+            row["tasks"][task]["floor"] = floor(model, tokenizer, task, things, args.protocol)
+            model.stats = Stats(model.config.n_layer)  # prompts of one token are not what the row is about
     st = total
     row |= {"sparsity_target": model.schedule.mean if model.schedule else 0.0, "sparsity_prefill": st.mean("prefill"),
             "sparsity_decode": st.mean("decode"), "sparsity_per_block": st.sparsity("prefill"), "realised": realised,
             "flops_saved_prefill": st.saved("prefill"), "flops_saved_total": st.saved("prefill", "decode")}
-    kept, fixed = [], []
-    for task, got in row["tasks"].items():
-        key = METRIC.get(task, "acc")
-        base = (dense or {"row": row})["row"]["tasks"][task]
-        mine, theirs = (got[key], base[key]) if got[key] is not None else (got["acc"], base["acc"])
-        if theirs > 0:
-            kept.append(mine / theirs)
-        if theirs > base["chance"]:
-            fixed.append((mine - base["chance"]) / (theirs - base["chance"]))
-    row |= {"retention": sum(kept) / len(kept) if kept else None,
-            "retention_chance_corrected": sum(fixed) / len(fixed) if fixed else None, "seconds": round(time.time() - t, 1)}
+    base = (dense or {"row": row})["row"]["tasks"]
+    for name, needed in (("retention", False), ("retention_context", True)):
+        row[name], row[f"{name}_chance_corrected"] = retention(row["tasks"], {k: v for k, v in base.items() if v["needs_context"] == needed})
+    row["seconds"] = round(time.time() - t, 1)
     return row, states
 
 
 def table(rows, tasks, texts):
-    """The rows as lines of text."""
+    """The rows as lines of text: tasks that need their context stand behind the others, with a mean of their own."""
     share = lambda v: "-" if v is None else f"{100 * v:.1f}"
-    odds = [t for t in tasks if any("ppl" in r["tasks"][t] for r in rows)]  # tasks with a word to find: their perplexity says more
-    head = ["row", "skip prefill", "skip decode", "FLOPs saved", "KL", "+-", "top-1", *(f"ppl {t}" for t in ("responses", *texts)), *tasks,
-            *(f"ppl {t}" for t in odds), *(["retention", "corrected"] if tasks else [])]
-    lines = [head]
-    for r in rows:
-        lines.append([r["name"], share(r["sparsity_prefill"]), share(r["sparsity_decode"]), share(r["flops_saved_prefill"]), f"{r['kl']:.4f}",
-                      f"{r['kl_stderr']:.4f}", share(r["top1_agreement"]), *(f"{r['ppl'][t]:.2f}" for t in ("responses", *texts)),
-                      *(share(r["tasks"][t][METRIC.get(t, "acc")] if r["tasks"][t]["acc_norm"] is not None else r["tasks"][t]["acc"]) for t in tasks),
-                      *(f"{r['tasks'][t]['ppl']:.2f}" for t in odds), *([share(r["retention"]), share(r["retention_chance_corrected"])] if tasks else [])])
-    width = [max(len(line[i]) for line in lines) for i in range(len(head))]
+    columns = [("skip prefill", lambda r: share(r["sparsity_prefill"])), ("skip decode", lambda r: share(r["sparsity_decode"])),
+               ("FLOPs saved", lambda r: share(r["flops_saved_prefill"])), ("KL", lambda r: f"{r['kl']:.4f}"),
+               ("+-", lambda r: f"{r['kl_stderr']:.4f}"), ("top-1", lambda r: share(r["top1_agreement"])),
+               *((f"ppl {t}", lambda r, t=t: f"{r['ppl'][t]:.2f}") for t in ("responses", *texts))]
+    for needed, what, key in ((False, "retention", "retention"), (True, "with context", "retention_context")):
+        names = [t for t in tasks if rows[0]["tasks"][t]["needs_context"] == needed]
+        for t in names:
+            columns.append((t, lambda r, t=t: share(figure(t, r["tasks"][t]))))
+            if rows[0]["tasks"][t].get("floor") is not None:
+                columns.append(("floor", lambda r, t=t: share(r["tasks"][t]["floor"])))
+            if "ppl" in rows[0]["tasks"][t]:  # a word to find: its perplexity says more
+                columns.append((f"ppl {t}", lambda r, t=t: f"{r['tasks'][t]['ppl']:.2f}"))
+        if names:
+            columns += [(what, lambda r, k=key: share(r[k])), ("corrected", lambda r, k=key: share(r[f"{k}_chance_corrected"]))]
+    lines = [["row", *(head for head, _ in columns)], *([r["name"], *(get(r) for _, get in columns)] for r in rows)]
+    width = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     return "\n".join("  ".join(v.ljust(w) if i == 0 else v.rjust(w) for i, (v, w) in enumerate(zip(line, width))) for line in lines)
 
 
@@ -183,10 +241,11 @@ def main():
     p.add_argument("--router", default="out/router.safetensors", help="router of stage 2")
     p.add_argument("--rows", default="uniform,static,ftp,ftp_decode", help=f"comma list of {','.join(ROWS)}")
     p.add_argument("--tasks", default="", help="comma list of task names (by datasets id) or name=file.jsonl")
+    p.add_argument("--floor", action="store_true", help="score each choice task with its question removed, too")
     p.add_argument("--text", default="self", help='comma list of texts for perplexity: "self", .txt, .jsonl, or datasets id[:config[:split]]')
     p.add_argument("--context", type=int, default=256, help="routed tokens of a text window")
     p.add_argument("--scored", type=int, default=64, help="scored tokens of a text window")
-    p.add_argument("--nwindows", type=int, default=100, help="text windows at most")
+    p.add_argument("--nwindows", type=int, default=100, help="text windows at most, 0: all")
     p.add_argument("--data", default="self", help="samples for KL, agreement and response perplexity (their held-out part)")
     p.add_argument("--nsamples", type=int, default=None, help="held-out samples, default all")
     p.add_argument("--max_response", type=int, default=64, help="response tokens used")
@@ -198,7 +257,7 @@ def main():
     names = [n for n in args.rows.split(",") if n and n != "dense"]
     check(all(n in ROWS for n in names), f"--rows {args.rows}: unknown row; choose from {','.join(ROWS)}")
     check(args.limit is None or args.limit > 0, f"--limit {args.limit}: must be at least 1")
-    check(args.context > 1 and args.scored > 0, "--context must be at least 2 and --scored at least 1")
+    check(min(args.context, args.scored) > 0 <= args.nwindows, "--context and --scored must be at least 1, --nwindows at least 0")
     tasks = dict(load_task(t, args.limit) for t in args.tasks.split(",") if t)
     schedule = Schedule.load(args.schedule) if any(ROWS[n][0] for n in names) else None
     router = Router.load(args.router) if any(ROWS[n][1] == "given" for n in names) else None
@@ -212,7 +271,7 @@ def main():
     texts = {}
     for spec in filter(None, args.text.split(",")):
         ids = tokenizer(load_text(spec), add_special_tokens=False)["input_ids"]
-        texts[spec.split("/")[-1]] = windows(ids, args.context, args.scored, args.nwindows)
+        texts[spec.split("/")[-1]] = windows(ids, args.context, args.scored, args.nwindows or None)
     rows, dense, out, done = [], None, f"{args.out_dir}/eval.json", {}
     if args.resume and Path(out).exists():
         old = load_json(out, "ftp-eval-1", "--resume")
@@ -237,6 +296,10 @@ def main():
         save_json(out, {"format": "ftp-eval-1", "config": config, "rows": rows})
         print(f"{name}: {row['seconds']} s", flush=True)
     print(table(rows, tasks, texts))
+    if args.floor and tasks:
+        easy = {k: v for k, v in rows[0]["tasks"].items() if not v["needs_context"]}
+        kept = rows[0]["retention_floor"], rows[0]["retention_floor_chance_corrected"] = retention(easy, easy, lambda task, got: got["floor"])
+        print("without any question the dense model keeps " + " and, corrected for chance, ".join("-" if v is None else f"{100 * v:.1f} %" for v in kept))
     by_name = {r["name"]: r for r in rows}
     for other in ("uniform", "static"):
         if "ftp" in by_name and other in by_name:
