@@ -887,7 +887,7 @@ class FTPModel(nn.Module):
         self.schedule, self.prefill, self.kv, self.one_pass = schedule, prefill, kv, one_pass
         self.decode, self.thresholds, self.score_window = decode, thresholds, score or (router.score if learned else 16)
         self.aim = None          # while calibrating or training: the share of decoded tokens that skips each block
-        self._random = torch.Generator().manual_seed(seed)
+        self.seed, self._random = seed, torch.Generator()
         self.stats = Stats(self.config.n_layer)
         return self
 
@@ -908,7 +908,7 @@ class FTPModel(nn.Module):
         return logits[:, 0] - logits[:, 1], logits, p.next(memory=memory)
 
     def route(self, l, p, noise=None):
-        """Decide block l -> Keep, Pass. noise: None in inference; in training the Gumbel temperature (0 for none), and the
+        """Decide block l -> Keep, Pass. noise: None in inference; in training what is added to the margins, (N,) or 0, and the
         Keep gets gates with gradients."""
         s = self.schedule.sparsity[l] if self.schedule else 0.0
         if s <= 0:
@@ -922,9 +922,8 @@ class FTPModel(nn.Module):
         margin = logits = None
         if self.router != "static" and (p.any_set or by_threshold):
             margin, logits, p = self.margins(l, p, s)
-            if noise:
-                u = torch.rand_like(margin).clamp(1e-6, 1 - 1e-6)
-                margin = margin + noise * (u.log() - (1 - u).log())   # difference of two Gumbel draws
+            if noise is not None:
+                margin = margin + noise
         # decoded tokens, each by itself
         theta, compute = 0.0, self.decode == "dense" or s <= 0.5
         if by_threshold:
@@ -983,6 +982,7 @@ class FTPModel(nn.Module):
         ids = torch.tensor([t for s in seqs for t in s], device=self.device)
         if int(ids.max()) >= self.config.vocab_size or int(ids.min()) < 0:
             raise FTPError(f"token id {int(ids.max())} is outside the vocabulary of {self.config.vocab_size}; use the model's tokenizer")
+        self._random.manual_seed(hash((self.seed, *map(tuple, seqs))))  # by its text: other texts before or beside it change nothing
         p = Pass(F.embedding(ids, self.embed.weight), [len(s) for s in seqs], n_set, cache, slots, self.decode == "threshold")
         if p.has_past and p.any_set:
             raise FTPError("a prompt is routed as a whole: it can't be added to a filled cache")
