@@ -35,7 +35,7 @@ def moments(model, l, routed, dense, after):
     behind it, y what leads from there to the dense model's next state, and to its key and value."""
     d, e, block = model.config.hidden_size, model.config.hidden_size + model.config.kv_bytes(1, 1), model.blocks[l]
     xx, xy, yy = (torch.zeros(*n, dtype=torch.float64) for n in ((d + 1, d + 1), (d + 1, e), (e,)))
-    kv = lambda x: torch.cat([m(block.norm1(x)).float() for m in (block.k, block.v)], 1)
+    kv = lambda x: block.qkv(block.norm1(x))[:, d - e:].float()
     for p, q, t in zip(routed, dense, after):
         rows = p.in_set & (p.local > 0)
         x, now, new = p.x[rows], q.x[rows], t.x[rows]

@@ -529,9 +529,9 @@ def own_score(p, last):
 
 
 def rotate(x, cos, sin):
-    """Rotary embedding in the half-rotation layout. x (N, heads, D), cos and sin (N, D)."""
+    """Rotary embedding in the half-rotation layout. x (N, heads, D), cos and sin (N, D), the first half of sin negated."""
     a, b = x.chunk(2, -1)
-    return x * cos[:, None] + torch.cat((-b, a), -1) * sin[:, None]
+    return torch.addcmul(x * cos[:, None], torch.cat((b, a), -1), sin[:, None])
 
 
 class Block(nn.Module):
@@ -550,31 +550,29 @@ class Block(nn.Module):
         self.l, self.c = l, c
         d, D = c.hidden_size, c.head_dim
         self.norm1 = nn.RMSNorm(d, c.rms_eps)
-        self.q = nn.Linear(d, c.n_head * D, c.qkv_bias)
-        self.k = nn.Linear(d, c.n_kv_head * D, c.qkv_bias)
-        self.v = nn.Linear(d, c.n_kv_head * D, c.qkv_bias)
+        self.qkv = nn.Linear(d, (c.n_head + 2 * c.n_kv_head) * D, c.qkv_bias)   # rows: all queries, all keys, all values
         self.o = nn.Linear(c.n_head * D, d, False)
         self.norm2 = nn.RMSNorm(d, c.rms_eps)
-        self.gate = nn.Linear(d, c.intermediate_size, False)
-        self.up = nn.Linear(d, c.intermediate_size, False)
+        self.gate_up = nn.Linear(d, 2 * c.intermediate_size, False)
         self.down = nn.Linear(c.intermediate_size, d, False)
 
-    def queries(self, a, rope):
-        return rotate(self.q(a).view(len(a), self.c.n_head, self.c.head_dim), *rope)
-
-    def keys_values(self, a, rope, missing=None):
-        """Keys and values (N, n_kv_head, head_dim) of normalised states a; `missing` (N, 2 * n_kv_head * head_dim) is added."""
-        k, v = self.k(a), self.v(a)
+    def heads(self, a, rope, first=0, last=None, missing=None):
+        """Projections first..last (heads, of n_head queries + n_kv_head keys + n_kv_head values) of normalised states a (N, d), queries and
+        keys rotated -> (N, heads, head_dim). missing (N, 2 * n_kv_head * head_dim) is added to keys and values."""
+        c, D = self.c, self.c.head_dim
+        last = c.n_head + 2 * c.n_kv_head if last is None else last
+        rows, bias = slice(first * D, last * D), self.qkv.bias
+        t = F.linear(a, self.qkv.weight[rows], None if bias is None else bias[rows])
         if missing is not None:
-            k, v = (t + m for t, m in zip((k, v), missing.chunk(2, -1)))
-        shape = len(a), self.c.n_kv_head, self.c.head_dim
-        return rotate(k.view(shape), *rope), v.view(shape)
+            t = t + F.pad(missing, (t.shape[1] - missing.shape[1], 0))
+        t, turned = t.unflatten(1, (-1, D)), min(last, c.n_head + c.n_kv_head) - first
+        return rotate(t[:, :turned], *rope), t[:, turned:]
 
     def rest(self, h, att):
         """Residual adds and MLP. h, att (M, d)."""
         h = h + self.o(att)
-        a = self.norm2(h)
-        return h + self.down(F.silu(self.gate(a)) * self.up(a))
+        gate, up = self.gate_up(self.norm2(h)).chunk(2, -1)
+        return h + self.down(F.silu(gate) * up)
 
     def forward(self, p, keep, kv, score):
         """Run the kept rows of p.x; returns the Pass after this block. Skipped rows are unchanged, or take p.forecast.
@@ -582,7 +580,7 @@ class Block(nn.Module):
         kv "drop" or "keep": whether skipped tokens offer a key and value. score: W or "mean" to refresh the
         score table, None when no later decision reads it.
         """
-        rows, x, at, stored = keep.rows, p.x, None, keep.counts
+        rows, x, at, stored, H = keep.rows, p.x, None, keep.counts, self.c.n_head
         rope = p.rope if rows is None else tuple(t[rows] for t in p.rope)
         h, missing = x if rows is None else x[rows], None
         if p.forecast is not None:
@@ -590,12 +588,12 @@ class Block(nn.Module):
             x, p = x + update, p.next(forecast=None)
         if kv == "keep" and rows is not None:
             a = self.norm1(p.x)
-            k, v = self.keys_values(a, p.rope, missing if missing is None else missing * ~keep.mask[:, None])
-            a, at, stored = a[rows], p.local[rows], p.counts
+            k, v = self.heads(a, p.rope, H, missing=missing if missing is None else missing * ~keep.mask[:, None])
+            q, _ = self.heads(a[rows], rope, 0, H)
+            at, stored = p.local[rows], p.counts
         else:
-            a = self.norm1(h)
-            k, v = self.keys_values(a, rope)
-        q = self.queries(a, rope)
+            qk, v = self.heads(self.norm1(h), rope)
+            q, k = qk[:, :H], qk[:, H:]
         if p.cache is not None:
             past = p.cache.len[self.l, p.slots]
             p.cache.append(self.l, p.slots, stored, k, v)
@@ -707,7 +705,8 @@ class Block(nn.Module):
             update, missing = p.forecast
             skipped, missing = x + update, missing * (1 - gate.to(x.dtype)[:, None]) if kv == "keep" else None
             p = p.next(forecast=None)
-        q, (k, v) = self.queries(a, p.rope), self.keys_values(a, p.rope, missing)
+        qk, v = self.heads(a, p.rope, missing=missing)
+        q, k = qk[:, :self.c.n_head], qk[:, self.c.n_head:]
         out = []
         for i, n in zip(p.start, p.n):
             qs, ks, vs = (t[i:i + n].transpose(0, 1) for t in (q, k, v))
@@ -797,19 +796,24 @@ class FTPModel(nn.Module):
         files = sorted(folder.glob("*.safetensors"))
         if not files:
             raise FTPError(f"--model: no .safetensors file in {folder}; convert the checkpoint with transformers' save_pretrained")
-        want = {hf_name(n): n for n in model.state_dict() if not (n == "head.weight" and model.config.tied)}
+        want = {}                                     # name in the checkpoint -> our name, the rows of it that it fills
+        for n in model.state_dict():
+            if not (n == "head.weight" and model.config.tied):
+                want |= {name: (n, rows) for name, rows in hf_parts(n, model.config)}
         try:
             for file in files:
                 with safe_open(file, "pt") as f:
                     for name in f.keys():
                         if name in want:
-                            mine = want.pop(name)
-                            t = f.get_tensor(name).to(device=device, dtype=dtype)
+                            mine, rows = want.pop(name)
                             owner, leaf = model.get_submodule(mine.rpartition(".")[0]), mine.rpartition(".")[2]
-                            if t.shape != getattr(owner, leaf).shape:
+                            if getattr(owner, leaf).is_meta:
+                                setattr(owner, leaf, nn.Parameter(torch.empty_like(getattr(owner, leaf), dtype=dtype, device=device), False))
+                            t, place = f.get_tensor(name), getattr(owner, leaf).data[rows]
+                            if t.shape != place.shape:
                                 raise FTPError(f"--model: {name} in {file.name} has shape {tuple(t.shape)}, config.json asks for "
-                                               f"{tuple(getattr(owner, leaf).shape)}; give a matching folder")
-                            setattr(owner, leaf, nn.Parameter(t, requires_grad=False))
+                                               f"{tuple(place.shape)}; give a matching folder")
+                            place.copy_(t)
         except (OSError, SafetensorError) as e:
             raise FTPError(f"--model: {file} is damaged ({e}); fetch it again") from None
         if want:
@@ -990,8 +994,8 @@ class FTPModel(nn.Module):
             raise FTPError(f"{p.end} tokens are more than the model's {self.config.max_len}; shorten the prompt")
         if self._rope is None or len(self._rope[0]) < p.end or self._rope[0].device != ids.device or self._rope[0].dtype != self.dtype:
             angle = torch.arange(max(2 * p.end, 256))[:, None] * rope_frequencies(self.config)
-            angle = torch.cat((angle, angle), 1)
-            self._rope = tuple(t.to(ids.device, self.dtype) for t in (angle.cos(), angle.sin()))
+            cos, sin = angle.cos(), angle.sin()
+            self._rope = tuple(torch.cat(t, 1).to(ids.device, self.dtype) for t in ((cos, cos), (-sin, sin)))
         p.rope = tuple(t[p.pos] for t in self._rope)
         return p
 
@@ -1176,14 +1180,18 @@ def kl_divergence(teacher, student):
     return (t.exp() * (t - s)).sum(-1)
 
 
-def hf_name(name):
-    """Our parameter name -> the one in a Hugging Face checkpoint."""
+def hf_parts(name, c):
+    """Our parameter name -> [(name in a Hugging Face checkpoint, rows of ours that it fills)]."""
     for a, b in (("blocks.", "model.layers."), ("norm1", "input_layernorm"), ("norm2", "post_attention_layernorm"),
-                 (".gate.", ".mlp.gate_proj."), (".up.", ".mlp.up_proj."), (".down.", ".mlp.down_proj."),
-                 *((f".{m}.", f".self_attn.{m}_proj.") for m in "qkvo")):
+                 (".qkv.", ".self_attn.qkv."), (".o.", ".self_attn.o_proj."), (".gate_up.", ".mlp.gate_up."), (".down.", ".mlp.down_proj.")):
         name = name.replace(a, b)
-    return {"embed.weight": "model.embed_tokens.weight", "norm.weight": "model.norm.weight",
-            "head.weight": "lm_head.weight"}.get(name, name)
+    name = {"embed.weight": "model.embed_tokens.weight", "norm.weight": "model.norm.weight", "head.weight": "lm_head.weight"}.get(name, name)
+    for fused, parts, sizes in (("qkv", "qkv", [n * c.head_dim for n in (c.n_head, c.n_kv_head, c.n_kv_head)]),
+                                ("gate_up", ("gate", "up"), [c.intermediate_size] * 2)):
+        if f".{fused}." in name:
+            ends = [*accumulate(sizes)]
+            return [(name.replace(f".{fused}.", f".{part}_proj."), slice(end - size, end)) for part, size, end in zip(parts, sizes, ends)]
+    return [(name, slice(None))]
 
 
 def find_model(path):

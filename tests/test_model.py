@@ -271,7 +271,7 @@ def test_forecaster_is_the_least_squares_fit(tiny, tmp_path):
     after = [tiny.step(2, p) for p in passes]
     noise = [p.next(x=p.x + 0.1 * torch.randn(p.x.shape, generator=torch.Generator().manual_seed(i))) for i, p in enumerate(passes)]
     m = moments(tiny, 2, noise, passes, after)
-    block, kv = tiny.blocks[2], lambda x: torch.cat([f(tiny.blocks[2].norm1(x)) for f in (block.k, block.v)], 1)
+    block, kv = tiny.blocks[2], lambda x: block.qkv(block.norm1(x))[:, -2 * 2 * 8:]
     with torch.no_grad():
         x = torch.cat([torch.nn.functional.rms_norm(p.x, (32,))[1:] for p in noise]).double()
         y = torch.cat([torch.cat((t.x - n.x, kv(p.x) - kv(n.x)), 1)[1:] for n, p, t in zip(noise, passes, after)]).double()
