@@ -34,6 +34,7 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--out_dir", default=out_dir, help="folder of the artefacts")
         self.add_argument("--seed", type=int, default=0, help="seed of everything random")
         self.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, ...")
+        self.add_argument("--device_map", default=None, help="for a model larger than one GPU: auto, or e.g. cuda:0=0-15,cuda:1=16-31 (blocks)")
         self.add_argument("--dtype", default=dtype, choices=["auto", "float32", "bfloat16", "float16"],
                           help="auto: bfloat16 where the device computes in it, else float32")
         self.add_argument("--threads", type=int, default=0, help="CPU threads, 0: all cores")
@@ -202,6 +203,7 @@ def start(args, build=None):
         check(device.index < torch.cuda.device_count(), f"--device {args.device}: {torch.cuda.device_count()} GPUs are too few for "
               f"the ranks of this node; lower --nproc_per_node")
         torch.cuda.set_device(device)
+    check(not args.device_map or not build and world() == 1, "--device_map: places one process's checkpoint; leave it out with torchrun or --synthetic")
     if args.threads:
         torch.set_num_threads(args.threads)
     random.seed(args.seed)
@@ -210,7 +212,7 @@ def start(args, build=None):
     dtype, why = pick_dtype(args.dtype, device)
     info = versions(device, dtype, why)
     print(" ".join(f"{k}={v}" for k, v in vars(args).items()), flush=True)
-    model = build(dtype, device) if build else FTPModel.from_pretrained(args.model, dtype=dtype, device=device)
+    model = build(dtype, device) if build else FTPModel.from_pretrained(args.model, dtype, device, args.device_map)
     return model, {**info, "settings": vars(args), "model": model.name, "fingerprint": model.fingerprint}
 
 

@@ -96,7 +96,7 @@ def block_influence(model, samples):
             p = model.begin_samples(group)
             for l in range(model.config.n_layer):
                 q = model.step(l, p)
-                total[l] += F.cosine_similarity(p.x.float(), q.x.float(), dim=-1).double().sum().cpu()
+                total[l] += F.cosine_similarity(p.x.to(q.x.device).float(), q.x.float(), dim=-1).double().sum().cpu()
                 p = q
             n += len(p.x)
     return (1 - total / n).tolist()

@@ -99,7 +99,7 @@ def warm_up(router, model, guide, samples, steps, lr=0.02):
         for l, s in enumerate(model.schedule.sparsity):
             if 0 < s < 1:
                 q = model.route(l, p)[1]  # the Pass that a decision sees
-                blocks.append((l, router.factors(q, s)[free(q)], guide.targets(q, s)))
+                blocks.append((l, *(t.to(model.device) for t in (router.factors(q, s)[free(q)], guide.targets(q, s)))))
             p = model.step(l, p)
     loss = torch.tensor(float("nan"))
     for step in bar(range(steps), desc="guide", unit="step"):
@@ -121,7 +121,7 @@ def losses(p, guide, hinge):
         z = logits[free(q)]
         soft, hard = z.softmax(-1)[:, 1], (z[:, 1] >= z[:, 0]).float()
         skipped = (hard + soft - soft.detach()).sum()      # straight-through number of skipped tokens, as argmax has it
-        sums.append(torch.stack((skipped, F.cross_entropy(z, guide.targets(q, s), reduction="sum"), z.new_tensor(len(z)))))
+        sums.append(torch.stack((skipped, F.cross_entropy(z, guide.targets(q, s), reduction="sum"), z.new_tensor(len(z)))).to(p.x.device))
     skipped, imitation, n = total(torch.stack(sums)).unbind(1)
     gap = torch.tensor([s for s, _, _ in p.trace], device=n.device) - skipped / n
     return (gap.clamp(min=0) if hinge else gap.abs()).mean(), (imitation / n).mean(), float((skipped / n).detach().mean())
@@ -299,12 +299,12 @@ def main():
         if decode == "threshold":
             model.decode, model.aim, model.thresholds = decode, schedule.sparsity, [0.0] * len(schedule.sparsity)
         group = [samples[i] for i, _ in mine]
-        noise = [0.0] * model.config.n_layer
+        L, noise = model.config.n_layer, [0.0] * model.config.n_layer
         if args.gumbel:
-            noise = args.gumbel * torch.cat([gumbel(seed, model.config.n_layer, len(a) + len(b)) for (_, seed), (a, b) in zip(mine, group)], 1)
-            noise = noise.to(model.device)
+            noise = torch.cat([gumbel(seed, L, len(a) + len(b)) for (_, seed), (a, b) in zip(mine, group)], 1)
+            noise = [args.gumbel * n.to(model.place_of(l)) for l, n in enumerate(noise)]
         q = model.begin_samples(group)
-        for l in range(model.config.n_layer):
+        for l in range(L):
             q = model.step(l, q, masked=True, noise=noise[l])
         student, want = q.x[response_rows(group)[0]], torch.cat([teacher[i] for i, _ in mine])
         if args.distill == "kl":
@@ -313,7 +313,7 @@ def main():
             wrong = kl_divergence(aim, model.logits(student))
         else:
             wrong = (model.norm(student).float() - model.norm(want).float()).square().mean(1)
-        wrong, n = total(torch.stack((wrong.sum(), wrong.new_tensor(len(wrong)))))
+        wrong, n = total(torch.stack((wrong.sum(), wrong.new_tensor(len(wrong)))).to(q.x.device))
         l_d = wrong / n
         l_s, l_g, share = losses(q, guide, args.hinge)
         optimizer.zero_grad()
