@@ -93,7 +93,7 @@ class Ours:
             return prefill, None
         tokens = st.total["decode"]
         head = c.head_flops(tokens)
-        return prefill, (st.dense_flops["decode"] + head) / (st.flops["decode"] + head)
+        return prefill, (st.dense_flops["decode"] + head) / (st.used("decode") + head)
 
 
 class Transformers:

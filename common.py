@@ -104,6 +104,7 @@ def total(x):
 
 def share_stats(model):
     """Make model.stats what all ranks have counted."""
+    model.stats.late = {ph: float(v) for ph, v in model.stats.late.items()}  # off the device
     first, *others = gather(model.stats)
     for s in others:
         first.add(s)

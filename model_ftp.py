@@ -15,10 +15,12 @@ import json
 import math
 import os
 import re
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
-from itertools import accumulate, groupby
+from itertools import accumulate, groupby, pairwise
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -298,9 +300,10 @@ class Router(nn.Module):
         length. Position: place in the prompt (0 first, 1 newest), and distance to its start and end in units of NEAR tokens, at
         most 1. score: relative_score; rank: share of tokens with a lower one. "forecast": norm r of the forecast update against the
         state's, as r / (1 + r). "hidden": the state scaled to unit RMS."""
-        near = lambda d: (d / NEAR).clamp(0, 1)[:, None]
         place = p.place[:, None]
-        give = {"position": lambda: torch.cat((place, near(p.pos), near(p.size - 1 - p.local)), 1), "place": lambda: place,
+        if "position" not in p.known:  # the same before every block
+            p.known["position"] = torch.cat((place, *((d / NEAR).clamp(0, 1)[:, None] for d in (p.pos, p.size - 1 - p.local))), 1)
+        give = {"position": lambda: p.known["position"], "place": lambda: place,
                 "score": lambda: p.score[:, None], "rank": lambda: p.rank[:, None], "sparsity": lambda: torch.full_like(place, s),
                 "forecast": lambda: 1 - 1 / (1 + p.forecast[0].detach().float().norm(dim=1) / p.x.detach().float().norm(dim=1))[:, None],
                 "hidden": lambda: F.rms_norm(p.x.detach().float(), p.x.shape[1:])}
@@ -384,51 +387,55 @@ class Forecaster:
 class KVCache:
     """Keys and values of the tokens that each block computed; rows and blocks may hold different tokens.
 
-    k[l], v[l] (rows, n_kv_head, capacity, head_dim), rotated by true position; len (n_layer, rows) says how many
+    k[l], v[l] (rows, n_kv_head, capacity, head_dim), rotated by true position; len (n_layer, rows), a host array, says how many
     entries count. The keys of a row are in the order of their positions, all of them older than a new query.
     """
     def __init__(self, config, rows, dtype):
         self.config, self.rows, self.dtype = config, rows, dtype
         self.k, self.v = [None] * config.n_layer, [None] * config.n_layer
-        self.len = torch.zeros(config.n_layer, rows, dtype=torch.int64)  # on the host: slicing needs it there
-        self.seen = torch.zeros(rows, dtype=torch.int64)                 # tokens that went by, the next position
+        self.len = np.zeros((config.n_layer, rows), dtype=np.int64)
+        self.seen = np.zeros(rows, dtype=np.int64)    # tokens that went by, the next position
 
     def append(self, l, slots, counts, k, v):
         """Add k, v (sum(counts), n_kv_head, head_dim), packed by sequence, to the rows `slots` (B,) of block l."""
         old = self.len[l, slots]
         self.len[l, slots] = old + counts
-        need = int(self.len[l].max())
-        if self.k[l] is None and len(slots) == self.rows and bool((counts == need).all()) and bool((slots.diff() == 1).all()):
-            self.k[l], self.v[l] = (t.unflatten(0, (self.rows, need)).transpose(1, 2) for t in (k, v))  # as it is, no copy
-            return
-        if self.k[l] is None or need > self.k[l].shape[2]:
-            cap = need + 32 if self.k[l] is None else max(need + 32, self.k[l].shape[2] * 5 // 4)  # amortised growth
+        need, have = int(self.len[l].max()), 0 if self.k[l] is None else self.k[l].shape[2]
+        if need > have:
+            cap = need + 32 if have == 0 else max(need + 32, have * 5 // 4)  # amortised growth
             for store in (self.k, self.v):
                 new = torch.zeros(self.rows, self.config.n_kv_head, cap, self.config.head_dim, dtype=self.dtype, device=k.device)
-                if store[l] is not None:
-                    new[:, :, :store[l].shape[2]] = store[l]
+                if have:
+                    new[:, :, :have] = store[l]
                 store[l] = new
-        if len(k) == len(slots) and bool((counts == 1).all()):
-            row, col = slots, old
-        else:
-            row = slots.repeat_interleave(counts)
-            col = torch.arange(len(row)) + (old - counts.cumsum(0) + counts).repeat_interleave(counts)
-        row, col = row.to(k.device), col.to(k.device)
+        first, at, n = int(slots[0]), int(old[0]), int(counts[0])
+        if even(slots, old, counts):
+            for store, t in ((self.k[l], k), (self.v[l], v)):
+                store[first:first + len(slots), :, at:at + n] = t.unflatten(0, (-1, n)).transpose(1, 2)
+            return
+        row = torch.from_numpy(slots.repeat(counts)).to(k.device)
+        col = torch.from_numpy(np.arange(len(k)) + (old - counts.cumsum() + counts).repeat(counts)).to(k.device)
         self.k[l][row, :, col] = k
         self.v[l][row, :, col] = v
 
     def mark(self):
         """The cache's present state, for rewind()."""
-        return self.len.clone(), self.seen.clone()
+        return self.len.copy(), self.seen.copy()
 
     def rewind(self, mark):
         """Forget all that came after `mark`."""
-        self.len, self.seen = mark[0].clone(), mark[1].clone()
+        self.len, self.seen = mark[0].copy(), mark[1].copy()
 
     def bytes(self):
         """Bytes of the stored entries, (used, allocated)."""
         item = self.config.kv_bytes(1, self.dtype.itemsize)
         return int(self.len.sum()) * item, sum(k.shape[0] * k.shape[2] for k in self.k if k is not None) * item
+
+
+def even(slots, *lists):
+    """Whether neighbouring cache rows take part, alike in each of `lists`: arrays of the length of slots."""
+    n = len(slots)
+    return n == 1 and int(lists[-1][0]) > 0 or bool((slots[1:] - slots[:-1] == 1).all() and all((a == a[0]).all() for a in lists) and lists[-1][0])
 
 
 # ------------------------------------------------------------------------------------------------
@@ -437,46 +444,57 @@ class KVCache:
 class Pass:
     """State between two blocks: packed hidden states, positions and the table of latest attention scores.
 
-    x (N, d). Of the n[b] tokens of sequence b the first n_set[b] are a prompt, routed together as a set; the others
+    x (N, d); counts, set_counts, slots: host arrays. Of the n[b] tokens of sequence b the first n_set[b] are a prompt, routed together as a set; the others
     are decoded tokens, each routed by itself from what exists at its time (method section 6). score and rank (N,) are
     the router's factors 2 and 3. A Pass is replaced, never written to: keeping one keeps the state before a block.
     """
     def __init__(self, x, n, n_set, cache, slots, own_scores):
         dev = x.device
-        self.x, self.n, self.n_set, self.cache, self.slots = x, n, n_set, cache, slots
+        self.full, self.held, self.n, self.n_set, self.cache, self.slots = x, None, n, n_set, cache, slots
         self.own_scores = own_scores                  # whether decoded tokens need a score of their own
-        self.counts, self.set_counts = torch.tensor(n), torch.tensor(n_set)
+        self.counts, self.set_counts = np.array(n), np.array(n_set)
         self.start = [0, *accumulate(n)][:-1]
-        past = torch.zeros_like(self.counts) if cache is None else cache.seen[slots]
+        past = np.zeros_like(self.counts) if cache is None else cache.seen[slots]
         self.has_past, self.end = bool(past.any()), int((past + self.counts).max())
         # the same facts for each packed row
-        seq = torch.arange(len(n)).repeat_interleave(self.counts)
-        local = torch.arange(len(seq)) - torch.tensor(self.start)[seq]
+        seq = np.arange(len(n)).repeat(self.counts)
+        local = np.arange(len(seq)) - np.array(self.start)[seq]
         size = self.set_counts[seq]
         in_set, pos = local < size, local + past[seq]
         self.all_set, self.any_set = bool(in_set.all()), bool(in_set.any())
         self.dense_pairs = [float((pos[m] + 1).sum()) for m in (in_set, ~in_set)]
         # factor 1: place in the prompt, 0 first .. 1 newest; a decoded token is the newest of its time
-        place = torch.where(in_set, local / (size - 1).clamp(min=1), 1.0)
+        place = np.where(in_set, local / np.maximum(size - 1, 1), 1.0).astype(np.float32)
         self.seq, self.local, self.pos, self.in_set, self.size, self.place = (
-            t.to(dev) for t in (seq, local, pos, in_set, size, place))
+            torch.from_numpy(t).to(dev) for t in (seq, local, pos, in_set, size, place))
         self.ends = self.in_set & ((self.local == 0) | (self.local == self.size - 1))   # always kept
         self.score, self.rank = torch.zeros_like(self.place), torch.zeros_like(self.place)
+        self.known = {}                               # what the blocks have in common: position factors, static keep sets
         self.memory = None                            # hidden layer of a recurrent router
         self.forecast = None                          # what Forecaster gives for the block to come
         self.trace = []                               # in training: (sparsity, router logits, Pass) a decision
 
+    @property
+    def x(self):
+        """Hidden states (N, d); rows held back by a block whose keep set the next one may share are put in place."""
+        if self.held is not None:
+            (rows, h), self.held = self.held, None
+            self.full = self.full.index_copy(0, rows, h)
+        return self.full
+
     def next(self, **changed):
         new = copy.copy(self)
+        if "x" in changed:
+            new.full, new.held = changed.pop("x"), None
         new.__dict__.update(changed)
         return new
 
     def to(self, device):
-        """This Pass on `device`; counts and slots stay on the host."""
+        """This Pass on `device`; host arrays stay, and what its blocks had in common is found anew there."""
         if self.place.device == device:
             return self
-        tensors = {k: v.to(device) for k, v in vars(self).items() if torch.is_tensor(v) and k not in ("counts", "set_counts", "slots")}
-        return self.next(**tensors, rope=tuple(t.to(device) for t in self.rope))
+        tensors = {k: v.to(device) for k, v in vars(self.next(x=self.x)).items() if torch.is_tensor(v)}
+        return self.next(**tensors, held=None, known={}, rope=tuple(t.to(device) for t in self.rope))
 
     def with_own(self, rows, score, rank):
         """This Pass with the scores and ranks of decoded tokens set."""
@@ -486,9 +504,11 @@ class Pass:
 
 class Keep:
     """Tokens that compute a block: rows (M,) ascending, or None for all; counts (B,) of them in each sequence, set_counts
-    of these in its prompt; mask (N,) the same as booleans; gate (N,) the same with a straight-through gradient."""
-    def __init__(self, rows, counts, set_counts, mask=None, gate=None):
+    of these in its prompt, host arrays; mask (N,) the rows as booleans; gate (N,) the same with a straight-through gradient;
+    rope their rotary tables."""
+    def __init__(self, p, rows, counts, set_counts, mask=None, gate=None):
         self.rows, self.counts, self.set_counts, self.mask, self.gate = rows, counts, set_counts, mask, gate
+        self.rope = p.rope if rows is None else tuple(t[rows] for t in p.rope)
 
 
 def runs(*lists):
@@ -518,10 +538,11 @@ def by_quota(p, margin, s):
     m = margin.detach().masked_fill(p.ends, torch.inf)
     mask, least = torch.zeros_like(p.in_set), torch.zeros_like(m)
     for f, b, (n, size) in runs(p.n, p.n_set):
-        these = slice(p.start[f], p.start[f] + b * n)
-        top = m[these].view(b, n)[:, :size].topk(quota(size, s), 1)
-        mask[these].view(b, n).scatter_(1, top.indices, True)
-        least[these].view(b, n)[:, :size] = top.values[:, -1:].clamp(max=1e4)
+        if size:
+            these = slice(p.start[f], p.start[f] + b * n)
+            top = m[these].view(b, n)[:, :size].topk(quota(size, s), 1)
+            mask[these].view(b, n).scatter_(1, top.indices, True)
+            least[these].view(b, n)[:, :size] = top.values[:, -1:].clamp(max=1e4)
     return mask, least
 
 
@@ -563,7 +584,8 @@ class Block(nn.Module):
         self.qkv = nn.Linear(d, (c.n_head + 2 * c.n_kv_head) * D, c.qkv_bias)   # rows: all queries, all keys, all values
         self.o = nn.Linear(c.n_head * D, d, False)
         self.norm2 = nn.RMSNorm(d, c.rms_eps)
-        self.gate_up = nn.Linear(d, 2 * c.intermediate_size, False)
+        self.gate = nn.Linear(d, c.intermediate_size, False)                    # one product with up measured slower on CPUs
+        self.up = nn.Linear(d, c.intermediate_size, False)
         self.down = nn.Linear(c.intermediate_size, d, False)
 
     def heads(self, a, rope, first=0, last=None, missing=None):
@@ -580,9 +602,10 @@ class Block(nn.Module):
 
     def rest(self, h, att):
         """Residual adds and MLP. h, att (M, d)."""
-        h = h + self.o(att)
-        gate, up = self.gate_up(self.norm2(h)).chunk(2, -1)
-        return h + self.down(F.silu(gate) * up)
+        h = self.o(att).add_(h)
+        a = self.norm2(h)
+        gate, up = self.gate(a), self.up(a)   # the widest states: no copies of them where no gradient needs them
+        return self.down(F.silu(gate) * up if gate.requires_grad else F.silu(gate, inplace=True).mul_(up)).add_(h)
 
     def forward(self, p, keep, kv, score):
         """Run the kept rows of p.x; returns the Pass after this block. Skipped rows are unchanged, or take p.forecast.
@@ -590,25 +613,30 @@ class Block(nn.Module):
         kv "drop" or "keep": whether skipped tokens offer a key and value. score: W or "mean" to refresh the
         score table, None when no later decision reads it.
         """
-        rows, x, at, stored, H = keep.rows, p.x, None, keep.counts, self.c.n_head
-        rope = p.rope if rows is None else tuple(t[rows] for t in p.rope)
-        h, missing = x if rows is None else x[rows], None
+        rows, at, stored, H, missing = keep.rows, None, keep.counts, self.c.n_head, None
+        if p.forecast is None and (kv == "drop" or rows is None):
+            if not keep.counts.any():
+                return p
+            h = p.x if rows is None else p.held[1] if p.held is not None and p.held[0] is rows else p.x[rows]
+        else:
+            x = p.x
+            h = x if rows is None else x[rows]
         if p.forecast is not None:
             update, missing = p.forecast
-            x, p = x + update, p.next(forecast=None)
+            p = p.next(forecast=None, x=x + update)
         if kv == "keep" and rows is not None:
-            a = self.norm1(p.x)
+            a = self.norm1(x)
             k, v = self.heads(a, p.rope, H, missing=missing if missing is None else missing * ~keep.mask[:, None])
-            q, _ = self.heads(a[rows], rope, 0, H)
+            q, _ = self.heads(a[rows], keep.rope, 0, H)
             at, stored = p.local[rows], p.counts
         else:
-            qk, v = self.heads(self.norm1(h), rope)
+            qk, v = self.heads(self.norm1(h), keep.rope)
             q, k = qk[:, :H], qk[:, H:]
         if p.cache is not None:
             past = p.cache.len[self.l, p.slots]
             p.cache.append(self.l, p.slots, stored, k, v)
         if len(h) == 0:
-            return p.next(x=x)
+            return p
         if p.has_past:
             att, p = self.attend_past(p, keep, q, past, at, score)
         else:
@@ -617,7 +645,7 @@ class Block(nn.Module):
                 with torch.profiler.record_function("ftp_routing"):
                     p = self.observe(p, keep, q, k, stored, at, score)
         h = self.rest(h, att)
-        return p.next(x=h if rows is None else x.index_copy(0, rows, h))
+        return p.next(x=h) if rows is None else p.next(held=(rows, h))
 
     def attend(self, keep, q, k, v, stored, at):
         """Attention within each sequence's stored keys; at (M,) index of each query among them (None: the same rows)."""
@@ -641,16 +669,14 @@ class Block(nn.Module):
 
     def attend_past(self, p, keep, q, past, at, score):
         """New tokens over the cache, where their own keys already are -> att (M, H * D), Pass with their own scores."""
-        l, dev, K, V = self.l, q.device, p.cache.k[self.l], p.cache.v[self.l]
-        rows = torch.arange(len(p.x), device=dev) if keep.rows is None else keep.rows
-        lens = p.cache.len[l, p.slots]
-        if max(p.n) == 1 and score is None and (len(p.n) == 1 or (
-                len(rows) == p.cache.rows and bool((lens == lens[0]).all() and (p.slots.diff() == 1).all()))):
+        l, dev, K, V, lens = self.l, q.device, p.cache.k[self.l], p.cache.v[self.l], p.cache.len[self.l, p.slots]
+        if max(p.n) == 1 and score is None and len(q) == len(lens) and even(p.slots, lens):
             first, C = int(p.slots[0]), int(lens[0])       # decode, and every query sees all keys of its row: no mask, no copies
-            k, v = (t[first:first + len(rows), :, :C] for t in (K, V))
+            k, v = (t[first:first + len(lens), :, :C] for t in (K, V))
             return F.scaled_dot_product_attention(q[:, :, None], k, v, enable_gqa=True).flatten(1), p
+        rows = torch.arange(len(p.local), device=dev) if keep.rows is None else keep.rows
         if max(p.n) == 1:  # decode: every cache row in one product, so that no keys are copied; idle rows are dropped
-            slots, last = p.slots.to(dev)[rows], past.to(dev)[rows]
+            slots, last = (torch.from_numpy(t).to(dev)[rows] for t in (p.slots, past))
             C, every = int(p.cache.len[l].max()), last.new_zeros(p.cache.rows).index_copy(0, slots, last)
             if len(rows) == 1:
                 K, V, every, slots = (*(t[int(slots):int(slots) + 1] for t in (K, V)), last, slots * 0)
@@ -665,7 +691,7 @@ class Block(nn.Module):
         for b, n in enumerate(keep.counts.tolist()):  # several new tokens: teacher-forced scoring
             if n:
                 r, s = slice(i, i + n), int(p.slots[b])
-                last = past[b] + (torch.arange(n, device=dev) if at is None else at[r])
+                last = int(past[b]) + (torch.arange(n, device=dev) if at is None else at[r])
                 k, v = (t[s:s + 1, :, :int(p.cache.len[l, s])] for t in (K, V))
                 mask = torch.arange(k.shape[2], device=dev) <= last[:, None]
                 o = F.scaled_dot_product_attention(q[r].transpose(0, 1)[None], k, v, mask, enable_gqa=True)
@@ -680,8 +706,8 @@ class Block(nn.Module):
         """Refresh the score table (method section 4): the attention each stored key of a prompt gets from the prompt's last
         `window` computed queries ("mean": from all, 64 at a time), and what each decoded token gives itself."""
         dev = q.device
-        rows = torch.arange(len(p.x), device=dev) if keep.rows is None else keep.rows
-        key_rows = rows if at is None else torch.arange(len(p.x), device=dev)
+        rows = torch.arange(len(p.local), device=dev) if keep.rows is None else keep.rows
+        key_rows = rows if at is None else torch.arange(len(p.local), device=dev)
         kset = keep.set_counts if at is None else p.set_counts
         score, rank, i, j = p.score.clone(), p.rank.clone(), 0, 0
         shapes = (t.tolist() for t in (keep.counts, stored, keep.set_counts, kset))
@@ -695,8 +721,8 @@ class Block(nn.Module):
                 viewers = (last[:, first:qs, None] >= torch.arange(ks, device=dev)).sum(1)
                 score[key_rows[j:j + b * m].view(b, m)[:, :ks]] = relative_score(got / viewers, ks)
                 whole = slice(p.start[f], p.start[f] + b * n)  # rank over the prompt, skipped tokens by their older score
-                order = score[whole].view(b, n)[:, :size].argsort(dim=1, stable=True).argsort(dim=1)
-                rank[whole].view(b, n)[:, :size] = order / max(size - 1, 1)
+                order = score[whole].view(b, n)[:, :size].argsort(dim=1, stable=True)
+                rank[whole].view(b, n)[:, :size].scatter_(1, order, torch.linspace(0, 1, size, device=dev).expand(b, size))
             if qs < c and p.own_scores:
                 own = own_score(attention_probs(qb[:, qs:], kb, last[:, qs:]), last[:, qs:])
                 score[rows[i:i + b * c].view(b, c)[:, qs:]], rank[rows[i:i + b * c].view(b, c)[:, qs:]] = own
@@ -746,12 +772,14 @@ class Stats:
         self.total = {"prefill": 0, "decode": 0}
         self.flops = {"prefill": 0.0, "decode": 0.0}
         self.dense_flops = {"prefill": 0.0, "decode": 0.0}
+        self.late = {"prefill": 0.0, "decode": 0.0}          # FLOPs that the device counts, so that no block waits for it
 
     def add(self, other):
         """Count what `other` counted, too."""
         for ph in ("prefill", "decode"):
             self.kept[ph] = [a + b for a, b in zip(self.kept[ph], other.kept[ph])]
-            for mine, theirs in ((self.total, other.total), (self.flops, other.flops), (self.dense_flops, other.dense_flops)):
+            for mine, theirs in ((self.total, other.total), (self.flops, other.flops), (self.dense_flops, other.dense_flops),
+                                 (self.late, other.late)):
                 mine[ph] += theirs[ph]
 
     def sparsity(self, phase):
@@ -763,10 +791,14 @@ class Stats:
         s = self.sparsity(phase)
         return None if s is None else sum(s) / len(s)
 
+    def used(self, phase):
+        """FLOPs of the blocks, router and scores counted, head not."""
+        return self.flops[phase] + float(self.late[phase])
+
     def saved(self, *phases):
         """Share of the blocks' FLOPs saved (router and scores counted, head not)."""
         dense = sum(self.dense_flops[ph] for ph in phases)
-        return 1 - sum(self.flops[ph] for ph in phases) / dense if dense else None
+        return 1 - sum(self.used(ph) for ph in phases) / dense if dense else None
 
 
 # ------------------------------------------------------------------------------------------------
@@ -934,20 +966,25 @@ class FTPModel(nn.Module):
         Keep gets gates with gradients."""
         s, p = self.schedule.sparsity[l] if self.schedule else 0.0, p.to(self.place_of(l))
         if s <= 0:
-            return Keep(None, p.counts, p.set_counts), p
+            return Keep(p, None, p.counts, p.set_counts), p
         if s >= 1:
-            nothing = torch.zeros_like(p.counts)
-            return Keep(p.local[:0], nothing, nothing, torch.zeros_like(p.in_set)), p
+            nothing = np.zeros_like(p.counts)
+            return Keep(p, p.local[:0], nothing, nothing, torch.zeros_like(p.in_set)), p
+        by_threshold, compute = not p.all_set and self.decode == "threshold", self.decode == "dense" or s <= 0.5
+        if not p.any_set and not by_threshold and compute:   # decoded tokens that all compute
+            return Keep(p, None, p.counts, p.set_counts), p
         if self.forecaster is not None:
             p = p.next(forecast=self.forecaster(l, p.x))
-        by_threshold = not p.all_set and self.decode == "threshold"
+        same = (s, self.decode) if self.router == "static" and not by_threshold else None
+        if same and p.known.get("of") == same:
+            return p.known["keep"], p
         margin = logits = None
         if self.router != "static" and (p.any_set or by_threshold):
             margin, logits, p = self.margins(l, p, s)
             if noise is not None:
                 margin = margin + noise
         # decoded tokens, each by itself
-        theta, compute = 0.0, self.decode == "dense" or s <= 0.5
+        theta = 0.0
         if by_threshold:
             if self.aim is not None:
                 self.thresholds[l] = float(margin.detach()[~p.in_set].quantile(self.aim[l]))
@@ -968,9 +1005,9 @@ class FTPModel(nn.Module):
         # how many: known beforehand for quotas, else only the device knows
         if self.prefill == "argmax" and p.any_set or by_threshold:
             count = torch.zeros(2, len(p.n), device=mask.device).index_add(1, p.seq, torch.stack((mask, mask & p.in_set)).float())
-            counts, set_counts = count.long().cpu()
+            counts, set_counts = count.long().cpu().numpy()
         else:
-            set_counts = torch.tensor([quota(t, s) for t in p.n_set])
+            set_counts = np.array([quota(t, s) for t in p.n_set])
             counts = set_counts + (p.counts - p.set_counts) * compute
         gate = None
         if noise is not None and logits is not None:
@@ -978,7 +1015,10 @@ class FTPModel(nn.Module):
             soft = torch.sigmoid(margin - tau)
             gate = mask + torch.where(free, soft - soft.detach(), 0.0)
             p.trace.append((s, logits, p))
-        return Keep(torch.nonzero_static(mask, size=int(counts.sum()))[:, 0], counts, set_counts, mask, gate), p
+        keep = Keep(p, torch.nonzero_static(mask, size=int(counts.sum()))[:, 0], counts, set_counts, mask, gate)
+        if same:  # the next block may ask for the same
+            p.known["of"], p.known["keep"] = same, keep
+        return keep, p
 
     def calibrate_decode(self, samples, sparsity=None):
         """Set the thresholds with which decoded tokens skip block l at the rate s_l; returns them.
@@ -1004,7 +1044,8 @@ class FTPModel(nn.Module):
         ids = torch.tensor([t for s in seqs for t in s], device=self.device)
         if int(ids.max()) >= self.config.vocab_size or int(ids.min()) < 0:
             raise FTPError(f"token id {int(ids.max())} is outside the vocabulary of {self.config.vocab_size}; use the model's tokenizer")
-        self._random.manual_seed(hash((self.seed, *map(tuple, seqs))))  # by its text: other texts before or beside it change nothing
+        slots = np.arange(len(seqs)) if slots is None else np.asarray(slots)
+        self._random.manual_seed(hash((self.seed, *(tuple(s[:n]) for s, n in zip(seqs, n_set)))))  # by the prompts: what ran before changes nothing
         p = Pass(F.embedding(ids, self.embed.weight), [len(s) for s in seqs], n_set, cache, slots, self.decode == "threshold")
         if p.has_past and p.any_set:
             raise FTPError("a prompt is routed as a whole: it can't be added to a filled cache")
@@ -1019,7 +1060,7 @@ class FTPModel(nn.Module):
 
     def step(self, l, p, masked=False, noise=None):
         """Route and run block l: Pass -> Pass."""
-        with torch.profiler.record_function("ftp_routing"):
+        with torch.profiler.record_function("ftp_routing") if self.schedule else nullcontext():
             keep, p = self.route(l, p, noise)
         self.count(l, p, keep)
         if self.schedule and self.schedule.sparsity[l] >= 1:
@@ -1032,29 +1073,31 @@ class FTPModel(nn.Module):
         c, st = self.config, self.stats
         removed = self.schedule is not None and self.schedule.sparsity[l] >= 1
         kv_only = self.kv == "keep" and keep.rows is not None and not removed
-        sets = keep.set_counts.tolist()
-        singles = [n - m for n, m in zip(keep.counts.tolist(), sets)]
-        kept, total = (sum(sets), sum(singles)), (sum(p.n_set), sum(p.n) - sum(p.n_set))
-        if kv_only:
-            seen, in_set = p.pos[keep.rows] + 1, p.in_set[keep.rows]
-            pairs = float(seen[in_set].sum()), float(seen[~in_set].sum())
+        sets, singles = keep.set_counts, keep.counts - keep.set_counts
+        kept, total = (int(sets.sum()), int(singles.sum())), (sum(p.n_set), sum(p.n) - sum(p.n_set))
+        if kv_only:  # how many keys a kept query sees is known to the device alone: added there, read by Stats
+            seen, in_set = (p.pos[keep.rows] + 1).double(), p.in_set[keep.rows]
+            pairs = [(seen * m).sum().to(self.device) for m in (in_set, ~in_set)]
         else:
-            past = p.cache.len[l, p.slots].tolist() if p.has_past else [0] * len(sets)
-            pairs = (sum(m * (m + 1) for m in sets) / 2, sum(n * (m + h) + n * (n + 1) / 2 for n, m, h in zip(singles, sets, past)))
-        learned = isinstance(self.router, Router) and keep.rows is not None and not removed
+            past = p.cache.len[l, p.slots] if p.has_past else 0
+            pairs = float((sets * (sets + 1)).sum()) / 2, float((singles * (sets + past) + singles * (singles + 1) / 2).sum())
+        routed = keep.rows is not None and not removed and total
         for i, ph in enumerate(("prefill", "decode")):
+            if not total[i]:
+                continue
             st.kept[ph][l] += kept[i]
             if l == 0:
                 st.total[ph] += total[i]
             st.dense_flops[ph] += c.block_flops(total[i], p.dense_pairs[i])
-            st.flops[ph] += c.block_flops(kept[i], pairs[i], (total[i] - kept[i]) * kv_only)
-            if self.forecaster is not None and keep.rows is not None and not removed:
+            st.flops[ph] += c.block_flops(kept[i], 0 if kv_only else pairs[i], (total[i] - kept[i]) * kv_only)
+            st.late[ph] = st.late[ph] + (c.block_flops(0, pairs[i]) if kv_only else 0)
+            if routed and self.forecaster is not None:
                 st.flops[ph] += c.forecast_flops(self.forecaster.rank, total[i])
-            if learned and (i == 0 or self.decode == "threshold"):
+            if routed and isinstance(self.router, Router) and (i == 0 or self.decode == "threshold"):
                 st.flops[ph] += self.router.flops(total[i])
         if self.reads_scores(l):
             width = math.inf if self.score_window == "mean" else self.score_window
-            st.flops["prefill"] += c.score_flops(1, sum(min(m, width) * m for m in sets))
+            st.flops["prefill"] += c.score_flops(1, sum(min(m, width) * m for m in sets.tolist()))
 
     def logits(self, x):
         """Next-token logits (M, vocab) of hidden states x (M, d) as they leave the last block."""
@@ -1100,12 +1143,11 @@ class FTPModel(nn.Module):
         seqs: one list of token ids a sequence; slots (B,) its cache row, by default in order. Returns packed logits
         (sum of lengths, vocab), or (B, vocab) of the last tokens with last_only.
         """
-        slots = torch.arange(len(seqs)) if slots is None else slots
         p = self.begin(seqs, [len(s) if prompt else 0 for s in seqs], cache, slots)
         for l in range(self.config.n_layer):
             p = self.step(l, p)
-        cache.seen[slots] += p.counts
-        return self.logits(p.x[torch.tensor(p.start) + p.counts - 1] if last_only else p.x)
+        cache.seen[p.slots] += p.counts
+        return self.logits(p.x[torch.from_numpy(p.counts.cumsum() - 1)] if last_only and len(p.x) > len(seqs) else p.x)
 
     def new_cache(self, rows):
         return KVCache(self.config, rows, self.dtype)
@@ -1118,7 +1160,7 @@ class FTPModel(nn.Module):
         eos = set(self.config.eos if eos is None else eos)
         rng = torch.Generator(self.head.weight.device).manual_seed(seed)
         self.cache = cache = self.new_cache(len(prompts))
-        alive = torch.arange(len(prompts))
+        alive = np.arange(len(prompts))
         logits = self.extend(prompts, cache, prompt=True, last_only=True)
         for i in range(max_new_tokens):
             new = sample(logits, temperature, top_p, rng).tolist()
@@ -1232,16 +1274,14 @@ def kl_divergence(teacher, student):
 
 def hf_parts(name, c):
     """Our parameter name -> [(name in a Hugging Face checkpoint, rows of ours that it fills)]."""
-    for a, b in (("blocks.", "model.layers."), ("norm1", "input_layernorm"), ("norm2", "post_attention_layernorm"),
-                 (".qkv.", ".self_attn.qkv."), (".o.", ".self_attn.o_proj."), (".gate_up.", ".mlp.gate_up."), (".down.", ".mlp.down_proj.")):
+    for a, b in (("blocks.", "model.layers."), ("norm1", "input_layernorm"), ("norm2", "post_attention_layernorm"), (".qkv.", ".self_attn.qkv."),
+                 (".o.", ".self_attn.o_proj."), (".gate.", ".mlp.gate_proj."), (".up.", ".mlp.up_proj."), (".down.", ".mlp.down_proj.")):
         name = name.replace(a, b)
-    name = {"embed.weight": "model.embed_tokens.weight", "norm.weight": "model.norm.weight", "head.weight": "lm_head.weight"}.get(name, name)
-    for fused, parts, sizes in (("qkv", "qkv", [n * c.head_dim for n in (c.n_head, c.n_kv_head, c.n_kv_head)]),
-                                ("gate_up", ("gate", "up"), [c.intermediate_size] * 2)):
-        if f".{fused}." in name:
-            ends = [*accumulate(sizes)]
-            return [(name.replace(f".{fused}.", f".{part}_proj."), slice(end - size, end)) for part, size, end in zip(parts, sizes, ends)]
-    return [(name, slice(None))]
+    if ".qkv." in name:
+        ends = [*accumulate(n * c.head_dim for n in (0, c.n_head, c.n_kv_head, c.n_kv_head))]
+        return [(name.replace(".qkv.", f".{part}_proj."), slice(*rows)) for part, rows in zip("qkv", pairwise(ends))]
+    return [({"embed.weight": "model.embed_tokens.weight", "norm.weight": "model.norm.weight", "head.weight": "lm_head.weight"}.get(name, name),
+             slice(None))]
 
 
 def find_model(path):

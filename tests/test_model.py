@@ -1,6 +1,7 @@
 """The routed model against Hugging Face, against its masked reference, and against itself in other arrangements."""
 import itertools
 
+import numpy as np
 import pytest
 import torch
 from conftest import SHAPES, make_router, tokens
@@ -93,11 +94,11 @@ def test_cached_decode_equals_one_pass(tiny, routed):
         for r in range(3):
             alone, one = cached([r], chunk)
             assert torch.allclose(alone[0], got[r], atol=2e-5)
-            assert torch.equal(one.len[:, 0], cache.len[:, r])
+            assert (one.len[:, 0] == cache.len[:, r]).all()
     if model.kv == "drop" and model.decode == "threshold":
         assert int(cache.len.sum()) < 6 * (20 + 9 + 15 + 21) * 0.8
     if model.kv == "keep":
-        assert (cache.len == torch.tensor([27, 16, 22])).all()
+        assert (cache.len == [27, 16, 22]).all()
 
 
 def test_batch_equals_one_by_one(tiny, routed):
@@ -149,7 +150,7 @@ def test_quota_is_met_and_counted(tiny, routed, schedule):
         cost = [model.config.prefill_flops(50, s, model.kv, model.router if isinstance(model.router, Router) else None, head=0,
                                            forecast_rank=model.forecaster and 4)
                 if s is not None else model.config.prefill_flops(50, [0] * 6, head=0) for s in (schedule.sparsity, None)]
-        assert one.stats.flops["prefill"] == pytest.approx(cost[0])
+        assert one.stats.used("prefill") == pytest.approx(cost[0])
         assert one.stats.saved("prefill") == pytest.approx(1 - cost[0] / cost[1])
 
 
@@ -231,7 +232,7 @@ def test_cache_grows(tiny):
     want = [[], []]
     for n in (3, 50, 1, 1):
         k = torch.randn(2 * n, 2, 8)
-        c.append(0, torch.tensor([1, 0]), torch.tensor([n, n]), k, -k)
+        c.append(0, np.array([1, 0]), np.array([n, n]), k, -k)
         want[1].append(k[:n])
         want[0].append(k[n:])
     for b in range(2):
