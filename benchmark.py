@@ -189,6 +189,7 @@ def main():
         check(False, f"--lengths {args.lengths} --batch_sizes {args.batch_sizes} --sparsity {args.sparsity}: give numbers parted by commas")
     check(min(lengths) > 1 and min(batch_sizes) > 0 and args.rounds > 0 and args.n_decode >= 0,
           "--lengths must exceed 1, --batch_sizes and --rounds be at least 1, --n_decode at least 0")
+    check(not args.device_map, "--device_map: the clock and the memory counter here read one device; leave it out")
     schedule = Schedule.load(args.schedule) if args.schedule else None
     router = Router.load(args.router) if args.router else None
     check(router is None or schedule, "--router: it needs the --schedule it was trained with")

@@ -3,6 +3,7 @@ import argparse
 import ctypes
 import datetime
 import functools
+import os
 import platform
 import random
 import subprocess
@@ -12,10 +13,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import transformers
 from tqdm import tqdm
 
-from model_ftp import Forecaster, FTPError, FTPModel
+from model_ftp import Forecaster, FTPError, FTPModel, batches
 
 
 class Parser(argparse.ArgumentParser):
@@ -25,7 +27,7 @@ class Parser(argparse.ArgumentParser):
             argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter), {}), allow_abbrev=False, **kw)
 
     def error(self, message):
-        sys.exit(complain(message))
+        raise FTPError(message)
 
     def common(self, out_dir="out", dtype="auto"):
         """The flags that mean the same in every script."""
@@ -33,6 +35,7 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--out_dir", default=out_dir, help="folder of the artefacts")
         self.add_argument("--seed", type=int, default=0, help="seed of everything random")
         self.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, ...")
+        self.add_argument("--device_map", default=None, help="for a model larger than one GPU: auto, or e.g. cuda:0=0-15,cuda:1=16-31 (blocks)")
         self.add_argument("--dtype", default=dtype, choices=["auto", "float32", "bfloat16", "float16"],
                           help="auto: bfloat16 where the device computes in it, else float32")
         self.add_argument("--threads", type=int, default=0, help="CPU threads, 0: all cores")
@@ -57,21 +60,95 @@ def routing_of(args, learned=True):
     return dict(prefill=args.prefill if learned else "topk", kv=args.kv, one_pass=args.one_pass, forecaster=load_forecaster(args.forecaster))
 
 
-def complain(e):
-    """Print one line about a mistake; returns exit code 2."""
-    print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(e).split())}", file=sys.stderr)
-    return 2
+# ------------------------------------------------------------------------------------------------
+# several processes (torchrun): every rank runs the whole script on its share of the work and learns the results of the others, so
+# that all of them decide alike; rank 0 alone prints and writes
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def gather(x):
+    """[x of rank 0, x of rank 1, ...] on every rank; x is anything that pickles and lies on the CPU. All ranks must call it.
+
+    The FTPError that a rank gives (see run) is raised on all of them.
+    """
+    parts = [x] * world()
+    if world() > 1:
+        dist.all_gather_object(parts, x)
+    for r, e in enumerate(parts):
+        if isinstance(e, FTPError):
+            e.rank = r
+            raise e
+    return parts
+
+
+def shard(items):
+    """This rank's share of a list: every world-th item."""
+    return items[rank()::world()]
+
+
+def unshard(mine):
+    """The whole list on every rank, from what each rank made of its shard()."""
+    parts = gather(mine)
+    return [parts[i % len(parts)][i // len(parts)] for i in range(sum(map(len, parts)))]
+
+
+def total(x):
+    """Sum over the ranks of a small tensor x; the gradient is that of the own part alone, so that the ranks' gradients add up to the whole."""
+    return x + (torch.stack(gather(x.detach().cpu())).sum(0).to(x.device) - x.detach())
+
+
+def share_stats(model):
+    """Make model.stats what all ranks have counted."""
+    model.stats.late = {ph: float(v) for ph, v in model.stats.late.items()}  # off the device
+    first, *others = gather(model.stats)
+    for s in others:
+        first.add(s)
+    model.stats = first
+
+
+def spread_states(model, samples, joint=False):
+    """FTPModel.response_states of this rank's share of the samples: a list of (group of samples, states (R, d), owner (R,)).
+
+    The groups are the same whatever the number of ranks, and with them every rounding.
+    """
+    return [(g, *model.response_states(g, joint=joint)) for g in shard([g for _, g in batches(samples, 2048)])]
 
 
 def run(main):
-    """Run a stage's main() so that expected mistakes end in one line and code 2, and Ctrl-C in one line and 130."""
+    """Run a stage's main() so that expected mistakes end in one line and code 2, and Ctrl-C in one line and 130; on all ranks together.
+
+    A rank with a mistake gives it to the gather() that the others are in or come to, at the latest to the one behind main().
+    """
     try:
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            # objects travel by gloo, gradients on GPUs by nccl; rank 0 may be long at work before the others meet it
+            dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=datetime.timedelta(hours=12))
+            if rank():
+                sys.stdout = open(os.devnull, "w")
         main()
+        gather(None)
     except FTPError as e:
-        sys.exit(complain(e))
+        if not hasattr(e, "rank"):
+            try:
+                gather(e)
+            except FTPError as first:
+                e = first
+        if e.rank == rank():
+            print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(e).split())}", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
-        print(f"{Path(sys.argv[0]).name}: stopped; what was saved stays, the same command goes on from there", file=sys.stderr)
+        if rank() == 0:
+            print(f"{Path(sys.argv[0]).name}: stopped; what was saved stays, the same command goes on from there", file=sys.stderr)
         sys.exit(130)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def check(ok, message):
@@ -113,7 +190,7 @@ def versions(device, dtype, why="asked for"):
     """What produced an artefact, printed as a banner."""
     info = {"torch": torch.__version__, "transformers": transformers.__version__, "python": platform.python_version(),
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{cpu_name()}, {torch.get_num_threads()} threads",
-            "dtype": str(dtype).removeprefix("torch."), "dtype_reason": why, "commit": commit(),
+            "ranks": world(), "dtype": str(dtype).removeprefix("torch."), "dtype_reason": why, "commit": commit(),
             "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")}
     print(" | ".join(f"{k} {v}" for k, v in info.items()))
     return info
@@ -134,6 +211,12 @@ def start(args, build=None):
     """Seeds, threads, banner, and the model: loaded from args.model, or build(dtype, device). Returns it with the config to store."""
     device = torch.device(args.device)
     check(device.type != "cuda" or torch.cuda.is_available(), f"--device {args.device}: no CUDA here; give --device cpu")
+    if device.type == "cuda" and world() > 1:
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        check(device.index < torch.cuda.device_count(), f"--device {args.device}: {torch.cuda.device_count()} GPUs are too few for "
+              f"the ranks of this node; lower --nproc_per_node")
+        torch.cuda.set_device(device)
+    check(not args.device_map or not build and world() == 1, "--device_map: places one process's checkpoint; leave it out with torchrun or --synthetic")
     if args.threads:
         torch.set_num_threads(args.threads)
     if device.type == "cpu":
@@ -144,13 +227,13 @@ def start(args, build=None):
     dtype, why = pick_dtype(args.dtype, device)
     info = versions(device, dtype, why)
     print(" ".join(f"{k}={v}" for k, v in vars(args).items()), flush=True)
-    model = build(dtype, device) if build else FTPModel.from_pretrained(args.model, dtype=dtype, device=device)
+    model = build(dtype, device) if build else FTPModel.from_pretrained(args.model, dtype, device, args.device_map)
     return model, {**info, "settings": vars(args), "model": model.name, "fingerprint": model.fingerprint}
 
 
 def bar(it=None, **kw):
     """A tqdm bar with rate and ETA on a terminal; silent in a log."""
-    return tqdm(it, disable=not sys.stderr.isatty(), dynamic_ncols=True, **kw)
+    return tqdm(it, disable=not sys.stderr.isatty() or rank() > 0, dynamic_ncols=True, **kw)
 
 
 class Every:

@@ -10,7 +10,7 @@ import random
 import statistics
 from pathlib import Path
 
-from common import bar, check
+from common import bar, check, gather, rank
 from model_ftp import HOME, FTPError, find_model
 
 PROMPTS = Path(__file__).parent / "prompts.jsonl"
@@ -73,7 +73,7 @@ def self_responses(model, tokenizer, seed=0, max_new_tokens=64, temperature=0.7,
     """The repository's prompts with responses that `model` writes once: cached by model and seed, made in resumable batches."""
     rows = read_rows(PROMPTS)
     path = HOME / "self" / f"{Path(model.name).resolve().name}-{model.fingerprint['config']}-seed{seed}-{max_new_tokens}.jsonl"
-    if not path.exists():
+    if rank() == 0 and not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(".part")
         done = part.read_text().splitlines() if part.exists() else []
@@ -86,6 +86,7 @@ def self_responses(model, tokenizer, seed=0, max_new_tokens=64, temperature=0.7,
             done += [json.dumps({**r, "response_ids": n}) for r, n in zip(some, new)]
             part.write_text("\n".join(done) + "\n")
         part.rename(path)
+    gather(None)  # the other ranks wait for the file
     return read_rows(path)
 
 

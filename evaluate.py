@@ -4,6 +4,7 @@
     python evaluate.py --tasks arc_easy,hellaswag,mmlu --limit 500 --rows static,ftp,ftp_decode   # by datasets ids
     python evaluate.py --tasks mine=items.jsonl --text book.txt --protocol joint
     python evaluate.py --tasks arc_easy,piqa,lambada --floor --text Salesforce/wikitext:wikitext-2-raw-v1:test --nwindows 0
+    torchrun --nproc_per_node 8 evaluate.py --tasks hellaswag,mmlu                                # the items spread over 8 GPUs
 
 Rows: dense (always), uniform (static router, uniform schedule of the same mean), static (static router, --schedule), random and
 attention (other selections), ftp (--router; the prompt is routed, decoding is dense), ftp_decode (decoded tokens skip too, by
@@ -25,7 +26,7 @@ from pathlib import Path
 
 import torch
 
-from common import Parser, bar, check, routing_of, run, start
+from common import Parser, bar, check, gather, rank, routing_of, run, shard, share_stats, spread_states, start, unshard
 from data import encode, encode_pair, load_samples, load_task, load_text, load_tokenizer, standard_error, windows
 from model_ftp import Router, Schedule, Stats, batches, by_sample, kl_divergence, load_json, save_json
 
@@ -52,17 +53,17 @@ def score_pairs(model, pairs, protocol, max_tokens=2048):
     if protocol == "joint":
         order = sorted(range(len(pairs)), key=lambda i: sum(map(len, pairs[i])))
         ordered = [pairs[i] for i in order]
-        for first, group in bar(list(batches(ordered, max_tokens)), desc="joint", unit="batch", leave=False):
+        for first, group in bar(shard(list(batches(ordered, max_tokens))), desc="joint", unit="batch", leave=False):
             states, owner = model.response_states(group, max_tokens, joint=True)
             logp, greedy = pick(model.logits(states), [t for _, c in group for t in c])
             for j in range(len(group)):
                 out[order[first + j]] = float(logp[owner == j].sum()), bool(greedy[owner == j].all())
-        return out
+        return from_all_ranks(out)
     by_context = {}
     for i, (context, _) in enumerate(pairs):
         by_context.setdefault(tuple(context), []).append(i)
     contexts = sorted(by_context, key=len)
-    for _, group in bar(list(batches([(list(c), ()) for c in contexts], max_tokens)), desc="causal", unit="batch", leave=False):
+    for _, group in bar(shard(list(batches([(list(c), ()) for c in contexts], max_tokens))), desc="causal", unit="batch", leave=False):
         group = [c for c, _ in group]
         cache = model.new_cache(len(group))
         first = model.extend(group, cache, prompt=True, last_only=True)
@@ -82,8 +83,13 @@ def score_pairs(model, pairs, protocol, max_tokens=2048):
                     greedy[j].extend(b)
                 cache.rewind(mark)
             for j, b in enumerate(rows):
-                out[todo[b][turn]] = float(sum(logp[j])), all(greedy[j])
-    return out
+                out[todo[b][turn]] = float(sum(logp[j])), bool(all(greedy[j]))
+    return from_all_ranks(out)
+
+
+def from_all_ranks(out):
+    """Lists that each rank has filled at other places, as the one full list."""
+    return [next(v for v in some if v is not None) for some in zip(*gather(out))]
 
 
 def bare(text):
@@ -94,12 +100,12 @@ def bare(text):
 
 def generated_hits(model, tokenizer, items, max_new_tokens=32, max_tokens=8192):
     """1.0 for each item whose greedy answer's first line holds one of its answers, else 0.0: (n,) list. Always prompt, then decoding."""
-    prompts, hits = [encode(tokenizer, it["contexts"][0]) for it in items], []
-    for first, group in bar(list(batches([(ids, range(max_new_tokens)) for ids in prompts], max_tokens)), desc="answers", unit="batch", leave=False):
-        for it, new in zip(items[first:], model.generate([list(ids) for ids, _ in group], max_new_tokens)):
+    prompts, hits = [(encode(tokenizer, it["contexts"][0]), range(max_new_tokens)) for it in items], [None] * len(items)
+    for first, group in bar(shard(list(batches(prompts, max_tokens))), desc="answers", unit="batch", leave=False):
+        for i, new in enumerate(model.generate([list(ids) for ids, _ in group], max_new_tokens), first):
             line = bare(tokenizer.decode(new, skip_special_tokens=True).strip().split("\n")[0])
-            hits.append(float(any(bare(a) and bare(a) in line for a in it["continuations"])))
-    return hits
+            hits[i] = float(any(bare(a) and bare(a) in line for a in items[i]["continuations"]))
+    return from_all_ranks(hits)
 
 
 def evaluate_task(model, tokenizer, items, protocol):
@@ -161,6 +167,12 @@ def nll(model, states, samples):
     return -float(torch.cat(logp).mean())
 
 
+def spread_nll(model, spread):
+    """The same of what spread_states() left on each rank."""
+    parts = unshard([(nll(model, states, group), len(states)) for group, states, _ in spread])
+    return sum(v * n for v, n in parts) / sum(n for _, n in parts)
+
+
 def evaluate_row(model, tokenizer, name, args, tasks, texts, samples, dense):
     """All measurements of one row; `dense` is what the dense row left for comparison, None for itself."""
     t, joint = time.time(), args.protocol == "joint"
@@ -169,25 +181,27 @@ def evaluate_row(model, tokenizer, name, args, tasks, texts, samples, dense):
 
     def account(data):
         """Move what was counted since the last call to the totals, under the name of its data."""
+        share_stats(model)
         st, model.stats = model.stats, Stats(model.config.n_layer)
         realised[data] = {ph: st.mean(ph) for ph in ("prefill", "decode")}
         total.add(st)
 
     model.stats = Stats(model.config.n_layer)
-    states, owner = model.response_states(samples, joint=joint)
+    spread, found = spread_states(model, samples, joint), []
     account("responses")
-    teacher = states if dense is None else dense["states"]
-    kl, same = [], []
-    for a, b in zip(teacher.split(512), states.split(512)):
-        za, zb = model.logits(a), model.logits(b)
-        kl.append(kl_divergence(za, zb))
-        same.append((za.argmax(-1) == zb.argmax(-1)).float())
-    items = by_sample(torch.cat(kl), owner)
+    for (_, states, owner), (_, teacher, _) in zip(spread, spread if dense is None else dense["states"]):
+        kl, same = [], []
+        for a, b in zip(teacher.split(512), states.split(512)):
+            za, zb = model.logits(a), model.logits(b)
+            kl.append(kl_divergence(za, zb))
+            same.append((za.argmax(-1) == zb.argmax(-1)).float().cpu())
+        found.append((by_sample(torch.cat(kl), owner), torch.cat(same)))
+    items, same = (torch.cat(part) for part in zip(*unshard(found)))
     row |= {"kl": float(items.mean()), "kl_stderr": standard_error(items.tolist()), "kl_items": [round(v, 5) for v in items.tolist()],
-            "top1_agreement": float(torch.cat(same).mean())}
-    row["ppl"]["responses"] = math.exp(nll(model, states, samples))
+            "top1_agreement": float(same.mean())}
+    row["ppl"]["responses"] = math.exp(spread_nll(model, spread))
     for text, wins in texts.items():
-        row["ppl"][text] = math.exp(nll(model, model.response_states(wins, joint=joint)[0], wins))
+        row["ppl"][text] = math.exp(spread_nll(model, spread_states(model, wins, joint)))
         account(text)
     for task, things in tasks.items():
         row["tasks"][task] = evaluate_task(model, tokenizer, things, args.protocol)
@@ -204,7 +218,7 @@ def evaluate_row(model, tokenizer, name, args, tasks, texts, samples, dense):
     for name, needed in (("retention", False), ("retention_context", True)):
         row[name], row[f"{name}_chance_corrected"] = retention(row["tasks"], {k: v for k, v in base.items() if v["needs_context"] == needed})
     row["seconds"] = round(time.time() - t, 1)
-    return row, states
+    return row, spread
 
 
 def table(rows, tasks, texts):
@@ -293,7 +307,8 @@ def main():
         row, states = evaluate_row(model, tokenizer, name, args, tasks, texts, samples, dense)
         dense = dense or {"row": row, "states": states}
         rows.append(row | {"artefacts": made_by(name)})
-        save_json(out, {"format": "ftp-eval-1", "config": config, "rows": rows})
+        if rank() == 0:
+            save_json(out, {"format": "ftp-eval-1", "config": config, "rows": rows})
         print(f"{name}: {row['seconds']} s", flush=True)
     print(table(rows, tasks, texts))
     if args.floor and tasks:
@@ -306,7 +321,8 @@ def main():
             d, e = paired(by_name[other]["kl_items"], by_name["ftp"]["kl_items"])
             by_name["ftp"][f"kl_gain_over_{other}"] = {"mean": d, "stderr": e, "n": len(samples)}
             print(f"KL of {other} minus KL of ftp: {d:+.4f} +- {e:.4f} (paired, standard error over {len(samples)} samples)")
-    save_json(out, {"format": "ftp-eval-1", "config": config, "rows": rows})
+    if rank() == 0:
+        save_json(out, {"format": "ftp-eval-1", "config": config, "rows": rows})
     print(f"-> {out}")
 
 

@@ -2,6 +2,7 @@
 
     python finetune_static.py --schedule out/schedule.json --router out/router.safetensors      # -> out/schedule_ft.json
     python finetune_static.py --evaluations 400 --nsamples 64 --resume                          # go on after an interruption
+    torchrun --nproc_per_node 8 finetune_static.py --evaluations 400                            # a generation spread over 8 GPUs
 
 The same search as stage 1 (search_scheduler.py). It changes each block's quota and the router's fourth factor. The decode
 thresholds are calibrated anew for the result and stored with it.
@@ -9,7 +10,7 @@ thresholds are calibrated anew for the result and stored with it.
 import random
 from pathlib import Path
 
-from common import Parser, check, routing_of, run, start
+from common import Parser, check, rank, routing_of, run, start
 from data import load_samples, load_tokenizer
 from model_ftp import Router, Schedule
 from search_scheduler import GRAIN, Fitness, check_flags, data_pair, evolve, mutate, repair, search_flags, work
@@ -31,7 +32,7 @@ def main():
     total = round(schedule.mean * len(schedule.sparsity) * GRAIN)
     check(max(schedule.sparsity) * GRAIN <= top + 1e-6, f"--max_sparsity {args.max_sparsity}: the schedule has a block above it; raise it")
     found = repair([s * GRAIN for s in schedule.sparsity], total, top, rng)
-    fitness, watch = Fitness(model, fit, router, **routing), Fitness(model, held, router, max_entries=0, **routing)
+    fitness, watch = Fitness(model, fit, router, **routing), Fitness(model, held, router, max_entries=0, spread=True, **routing)
     others = [mutate(found, total, top, rng, args.move * GRAIN) for _ in range(args.population - 1)]
     settings = {k: v for k, v in vars(args).items() if k not in ("resume", "evaluations", "threads", "out_dir")}
     best, history = evolve(fitness, watch, [found, *others], total, top, args, Path(args.out_dir) / "finetune_state.json",
@@ -46,7 +47,8 @@ def main():
     cost = work(fitness)
     s.meta = {**config, "method": "ga + router", "sparsity": schedule.mean, "from": schedule.id, "history": history, "work": cost,
               "kl_watch": float(after.mean()), "kl_watch_before": float(before.mean())}
-    s.save(f"{args.out_dir}/schedule_ft.json")
+    if rank() == 0:
+        s.save(f"{args.out_dir}/schedule_ft.json")
     print(f"watched KL: {before.mean():.4f} -> {after.mean():.4f}, difference {diff.mean():.4f} +- {diff.std() / len(diff) ** 0.5:.4f} "
           f"(standard error over {len(diff)} samples)")
     print(f"{cost['evaluations']} evaluations in {cost['seconds']} s: {cost['candidates_per_minute']} candidates/min, "

@@ -89,6 +89,7 @@ def fit(model, samples, held, rank, schedule=None, router="static", seed=0):
     ridges, errors, held_out = [], [], torch.tensor([h for _, h in groups])
     for l in bar(range(c.n_layer), desc="fit", unit="block"):
         model.use()
+        dense, routed = ([p.to(model.place_of(l)) for p in part] for part in (dense, routed))
         after = [model.step(l, p) for p in dense]
         pick = lambda h: ([x for x, is_held in zip(part, held_out) if is_held == h] for part in (routed, dense, after))
         *f_l, ridge, wrong = solve(*moments(model, l, *pick(False)), moments(model, l, *pick(True)), rank)

@@ -13,6 +13,7 @@ import hashlib
 import json
 import math
 import os
+import re
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from itertools import accumulate, groupby, pairwise
@@ -284,13 +285,14 @@ class Router(nn.Module):
     def forward(self, l, f, h=None):
         """f (N, n_inputs), h (N, width) or None -> logits (N, 2), new h. The decision of block l."""
         g = l if self.kind == "local" else 0
-        z = torch.addmm(self.b1[g], f, self.w1[g])
+        w1, b1, w2, b2 = (t[g].to(f.device) for t in (self.w1, self.b1, self.w2, self.b2))  # to the block's device, if the model has several
+        z = torch.addmm(b1, f, w1)
         if self.kind == "recurrent":
-            z = z if h is None else z + h @ self.u
+            z = z if h is None else z + h @ self.u.to(f.device)
             z = h = torch.tanh(z)
         else:
             z = F.relu(z)
-        return torch.addmm(self.b2[g], z, self.w2[g]), h
+        return torch.addmm(b2, z, w2), h
 
     def factors(self, p, s):
         """The inputs (N, n_inputs) float32 for the tokens of a Pass at a block of sparsity s, each scaled to [0, 1] whatever the
@@ -355,7 +357,8 @@ class Forecaster:
 
     def __call__(self, l, x):
         """Tokens x (N, d) that skip block l -> their update (N, d), correction of keys and values (N, 2 * n_kv_head * head_dim)."""
-        out = torch.addmm(self.c[l], F.rms_norm(x, x.shape[1:]) @ self.a[l], self.b[l]) if self.rank else self.c[l].expand(len(x), -1)
+        a, b, c = (t[l].to(x.device) for t in (self.a, self.b, self.c))
+        out = torch.addmm(c, F.rms_norm(x, x.shape[1:]) @ a, b) if self.rank else c.expand(len(x), -1)
         return out[:, :self.d], out[:, self.d:]
 
     def save(self, path):
@@ -386,8 +389,8 @@ class KVCache:
     k[l], v[l] (rows, n_kv_head, capacity, head_dim), rotated by true position; len (n_layer, rows), a host array, says how many
     entries count. The keys of a row are in the order of their positions, all of them older than a new query.
     """
-    def __init__(self, config, rows, dtype, device):
-        self.config, self.rows, self.dtype, self.device = config, rows, dtype, device
+    def __init__(self, config, rows, dtype):
+        self.config, self.rows, self.dtype = config, rows, dtype
         self.k, self.v = [None] * config.n_layer, [None] * config.n_layer
         self.len = np.zeros((config.n_layer, rows), dtype=np.int64)
         self.seen = np.zeros(rows, dtype=np.int64)    # tokens that went by, the next position
@@ -400,7 +403,7 @@ class KVCache:
         if need > have:
             cap = need + 32 if have == 0 else max(need + 32, have * 5 // 4)  # amortised growth
             for store in (self.k, self.v):
-                new = torch.zeros(self.rows, self.config.n_kv_head, cap, self.config.head_dim, dtype=self.dtype, device=self.device)
+                new = torch.zeros(self.rows, self.config.n_kv_head, cap, self.config.head_dim, dtype=self.dtype, device=k.device)
                 if have:
                     new[:, :, :have] = store[l]
                 store[l] = new
@@ -409,8 +412,8 @@ class KVCache:
             for store, t in ((self.k[l], k), (self.v[l], v)):
                 store[first:first + len(slots), :, at:at + n] = t.unflatten(0, (-1, n)).transpose(1, 2)
             return
-        row = torch.from_numpy(slots.repeat(counts)).to(self.device)
-        col = torch.from_numpy(np.arange(len(k)) + (old - counts.cumsum() + counts).repeat(counts)).to(self.device)
+        row = torch.from_numpy(slots.repeat(counts)).to(k.device)
+        col = torch.from_numpy(np.arange(len(k)) + (old - counts.cumsum() + counts).repeat(counts)).to(k.device)
         self.k[l][row, :, col] = k
         self.v[l][row, :, col] = v
 
@@ -486,6 +489,13 @@ class Pass:
             new.full, new.held = changed.pop("x"), None
         new.__dict__.update(changed)
         return new
+
+    def to(self, device):
+        """This Pass on `device`; host arrays stay, and what its blocks had in common is found anew there."""
+        if self.place.device == device:
+            return self
+        tensors = {k: v.to(device) for k, v in vars(self.next(x=self.x)).items() if torch.is_tensor(v)}
+        return self.next(**tensors, held=None, known={}, rope=tuple(t.to(device) for t in self.rope))
 
     def with_own(self, rows, score, rank):
         """This Pass with the scores and ranks of decoded tokens set."""
@@ -829,11 +839,12 @@ class FTPModel(nn.Module):
     # -- loading
 
     @classmethod
-    def from_pretrained(cls, path, dtype=torch.float32, device="cpu"):
+    def from_pretrained(cls, path, dtype=torch.float32, device="cpu", device_map=None):
         """Read config.json and safetensors (one file or sharded) from "smollm2", a folder or a hub id.
 
         The model is built without storage, and each tensor goes from the memory-mapped file straight to its place,
         dtype and device, so that the weights are held once. FTPError on anything missing, unknown or misshapen.
+        device_map: for a model larger than one device, see place_blocks(); states move from block to block, all else follows them.
         """
         folder = find_model(path)
         try:
@@ -842,6 +853,9 @@ class FTPModel(nn.Module):
             raise FTPError(f"--model: {folder}/config.json is not readable ({e}); give a Hugging Face model folder") from None
         with torch.device("meta"):
             model = cls(Config.from_hf(raw, f"--model {path}"))
+        places = place_blocks(device_map, model.config, dtype.itemsize) if device_map else [device] * model.config.n_layer
+        ends = {"embed": places[0], "norm": places[-1], "head": places[-1]}
+        device_of = lambda name: places[int(name.split(".")[1])] if name.startswith("blocks.") else ends[name.split(".")[0]]
         files = sorted(folder.glob("*.safetensors"))
         if not files:
             raise FTPError(f"--model: no .safetensors file in {folder}; convert the checkpoint with transformers' save_pretrained")
@@ -857,7 +871,7 @@ class FTPModel(nn.Module):
                             mine, rows = want.pop(name)
                             owner, leaf = model.get_submodule(mine.rpartition(".")[0]), mine.rpartition(".")[2]
                             if getattr(owner, leaf).is_meta:
-                                setattr(owner, leaf, nn.Parameter(torch.empty_like(getattr(owner, leaf), dtype=dtype, device=device), False))
+                                setattr(owner, leaf, nn.Parameter(torch.empty_like(getattr(owner, leaf), dtype=dtype, device=device_of(mine)), False))
                             t, place = f.get_tensor(name), getattr(owner, leaf).data[rows]
                             if t.shape != place.shape:
                                 raise FTPError(f"--model: {name} in {file.name} has shape {tuple(t.shape)}, config.json asks for "
@@ -879,6 +893,10 @@ class FTPModel(nn.Module):
     @property
     def device(self):
         return self.embed.weight.device
+
+    def place_of(self, l):
+        """Device of block l."""
+        return self.blocks[l].norm1.weight.device
 
     @property
     def fingerprint(self):
@@ -940,7 +958,7 @@ class FTPModel(nn.Module):
         self.schedule, self.prefill, self.kv, self.one_pass = schedule, prefill, kv, one_pass
         self.decode, self.thresholds, self.score_window = decode, thresholds, score or (router.score if learned else 16)
         self.aim = None          # while calibrating or training: the share of decoded tokens that skips each block
-        self._random = torch.Generator().manual_seed(seed)
+        self.seed, self._random = seed, torch.Generator()
         self.stats = Stats(self.config.n_layer)
         return self
 
@@ -961,9 +979,9 @@ class FTPModel(nn.Module):
         return logits[:, 0] - logits[:, 1], logits, p.next(memory=memory)
 
     def route(self, l, p, noise=None):
-        """Decide block l -> Keep, Pass. noise: None in inference; in training the Gumbel temperature (0 for none), and the
+        """Decide block l -> Keep, Pass on the block's device. noise: None in inference; in training what is added to the margins, (N,) or 0, and the
         Keep gets gates with gradients."""
-        s = self.schedule.sparsity[l] if self.schedule else 0.0
+        s, p = self.schedule.sparsity[l] if self.schedule else 0.0, p.to(self.place_of(l))
         if s <= 0:
             return Keep(p, None, p.counts, p.set_counts), p
         if s >= 1:
@@ -980,9 +998,8 @@ class FTPModel(nn.Module):
         margin = logits = None
         if self.router != "static" and (p.any_set or by_threshold):
             margin, logits, p = self.margins(l, p, s)
-            if noise:
-                u = torch.rand_like(margin).clamp(1e-6, 1 - 1e-6)
-                margin = margin + noise * (u.log() - (1 - u).log())   # difference of two Gumbel draws
+            if noise is not None:
+                margin = margin + noise
         # decoded tokens, each by itself
         theta, mask = 0.0, None if p.all_set else ~p.in_set
         if by_threshold:
@@ -1044,6 +1061,7 @@ class FTPModel(nn.Module):
         if int(ids.max()) >= self.config.vocab_size or int(ids.min()) < 0:
             raise FTPError(f"token id {int(ids.max())} is outside the vocabulary of {self.config.vocab_size}; use the model's tokenizer")
         slots = np.arange(len(seqs)) if slots is None else np.asarray(slots)
+        self._random.manual_seed(hash((self.seed, *(tuple(s[:n]) for s, n in zip(seqs, n_set)))))  # by the prompts: what ran before changes nothing
         p = Pass(F.embedding(ids, self.embed.weight), [len(s) for s in seqs], n_set, cache, slots, self.decode == "threshold")
         if p.has_past and p.any_set:
             raise FTPError("a prompt is routed as a whole: it can't be added to a filled cache")
@@ -1076,7 +1094,7 @@ class FTPModel(nn.Module):
         kept, total = (sum(sets), sum(singles)), (sum(p.n_set), sum(p.n) - sum(p.n_set))
         if kv_only:  # how many keys a kept query sees is known to the device alone: added there, read by Stats
             seen, in_set = (p.pos[keep.rows] + 1).double(), p.in_set[keep.rows]
-            pairs = (seen * in_set).sum(), (seen * ~in_set).sum()
+            pairs = [(seen * m).sum().to(self.device) for m in (in_set, ~in_set)]
         else:
             past = p.cache.len[l, p.slots].tolist() if p.has_past else [0] * len(sets)
             pairs = sum(m * (m + 1) for m in sets) / 2, sum(n * (m + h) + n * (n + 1) / 2 for n, m, h in zip(singles, sets, past))
@@ -1100,7 +1118,7 @@ class FTPModel(nn.Module):
 
     def logits(self, x):
         """Next-token logits (M, vocab) of hidden states x (M, d) as they leave the last block."""
-        return self.head(self.norm(x))
+        return self.head(self.norm(x.to(self.norm.weight.device)).to(self.head.weight.device))
 
     def score_rows(self, seqs, n_prompt, rows=None, masked=False):
         """One pass without a cache: prompts as sets, the tokens after n_prompt[b] as decoded tokens (teacher-forced).
@@ -1149,7 +1167,7 @@ class FTPModel(nn.Module):
         return self.logits(p.x[torch.from_numpy(p.counts.cumsum() - 1)] if last_only and len(p.x) > len(seqs) else p.x)
 
     def new_cache(self, rows):
-        return KVCache(self.config, rows, self.dtype, self.device)
+        return KVCache(self.config, rows, self.dtype)
 
     def stream(self, prompts, max_new_tokens=64, temperature=0.0, top_p=1.0, seed=0, eos=None):
         """Generate token by token: yields a list with the new token of each prompt, None where one has ended.
@@ -1157,7 +1175,7 @@ class FTPModel(nn.Module):
         temperature 0 is greedy. Ends at any of `eos` (default: the model's end tokens), which is yielded.
         """
         eos = set(self.config.eos if eos is None else eos)
-        rng = torch.Generator(self.device).manual_seed(seed)
+        rng = torch.Generator(self.head.weight.device).manual_seed(seed)
         self.cache = cache = self.new_cache(len(prompts))
         alive = np.arange(len(prompts))
         logits = self.extend(prompts, cache, prompt=True, last_only=True)
@@ -1190,6 +1208,38 @@ def sample(logits, temperature, top_p, rng):
     prob, token = (logits.float() / temperature).softmax(-1).sort(-1, descending=True)
     prob = prob.masked_fill(prob.cumsum(-1) - prob >= top_p, 0)
     return token.gather(1, torch.multinomial(prob, 1, generator=rng))[:, 0]
+
+
+def place_blocks(spec, config, itemsize, free=None):
+    """The device of each block. spec: a list like "cuda:0=0-15,cuda:1=16-31", or "auto": neighbours together, spread by weight over the
+    fewest GPUs that hold the model in nine tenths of their free memory (the rest is for states and cache); the CPU where there is no GPU.
+
+    The embedding goes with the first block, the final norm with the last, the head with the last or, where it is tied, with the
+    embedding. free: bytes of each GPU, by default those that are free now.
+    """
+    L, c = config.n_layer, config
+    if spec != "auto":
+        parts = [re.fullmatch(r"(cpu|cuda:\d+)=(\d+)-(\d+)", s) for s in spec.split(",")]
+        places = sorted((l, m[1]) for m in parts if m for l in range(int(m[2]), int(m[3]) + 1))
+        if not all(parts) or [l for l, _ in places] != list(range(L)):
+            raise FTPError(f"--device_map {spec}: give auto, or each of the blocks 0 to {L - 1} once, like cuda:0=0-{L // 2},cuda:1={L // 2 + 1}-{L - 1}")
+        places = [torch.device(name) for _, name in places]
+        if any(d.type == "cuda" and d.index >= torch.cuda.device_count() for d in places):
+            raise FTPError(f"--device_map {spec}: there are {torch.cuda.device_count()} GPUs here; name only those")
+        return places
+    free = [torch.cuda.mem_get_info(i)[0] for i in range(torch.cuda.device_count())] if free is None else free
+    if not free:
+        return [torch.device("cpu")] * L
+    sizes = torch.full((L,), float(c.p_attn + c.p_mlp)) * itemsize
+    sizes[0] += c.vocab_size * c.hidden_size * itemsize
+    sizes[-1] += c.vocab_size * c.hidden_size * itemsize * (not c.tied)
+    n = next((n for n in range(1, len(free) + 1) if float(sizes.sum()) <= 0.9 * sum(free[:n])), None)
+    if n is None:
+        raise FTPError(f"--device_map auto: the weights take {float(sizes.sum()) / 1e9:.1f} GB, the GPUs have {sum(free) / 1e9:.1f} GB free; take a smaller "
+                       f"--dtype, or leave some blocks to the CPU, like cuda:0=0-{L // 2},cpu={L // 2 + 1}-{L - 1}")
+    edges = torch.tensor(free[:n]).cumsum(0) / sum(free[:n])
+    middles = (sizes.cumsum(0) - sizes / 2) / sizes.sum()
+    return [torch.device("cuda", i) for i in torch.bucketize(middles, edges[:-1]).tolist()]
 
 
 def rope_frequencies(c):

@@ -5,6 +5,7 @@
     python search_scheduler.py --method uniform --out_dir out/uniform           # or --method bi: no search, for comparison
     python search_scheduler.py --flops_saved 0.30 --kv keep --forecaster out/forecaster.safetensors
     python search_scheduler.py --sparsity 0.30 --resume                         # go on after an interruption
+    torchrun --nproc_per_node 8 search_scheduler.py --sparsity 0.30             # the same schedule, a generation spread over 8 GPUs
 
 Fitness is KL(dense || routed) of the next token on the responses of calibration samples: the prompt is routed, the
 response decoded dense. Candidates run with real skipping; blocks that two candidates have in common at their start
@@ -19,7 +20,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from common import Parser, bar, check, routing_of, run, start
+from common import Parser, bar, check, gather, rank, routing_of, run, shard, share_stats, start, unshard, world
 from data import load_samples, load_tokenizer
 from model_ftp import Schedule, batches, by_sample, kl_divergence, load_json, response_rows, save_json
 
@@ -29,13 +30,14 @@ GRAIN = 1000  # a schedule is searched as whole thousandths, so that its mean st
 class Fitness:
     """KL to the dense model on samples, for schedules in thousandths. Equal schedules and equal beginnings run once.
 
-    convert: what a block's thousandths mean -> its sparsity; by default they are its sparsity.
+    convert: what a block's thousandths mean -> its sparsity; by default they are its sparsity. spread: the samples are spread over the
+    ranks, for a schedule that all of them ask for at once; by default each rank has all, and candidates() spreads schedules.
     """
-    def __init__(self, model, samples, router="static", max_entries=2000, convert=lambda u: u / GRAIN, **routing):
-        self.model, self.router, self.routing, self.convert = model, router, {"decode": "dense", **routing}, convert
-        self.groups = [g for _, g in batches(samples, 2048)]
-        self.known, self.states, self.max_entries = {}, OrderedDict(), max_entries
-        self.blocks_run = self.blocks_asked = 0
+    def __init__(self, model, samples, router="static", max_entries=2000, convert=lambda u: u / GRAIN, spread=False, **routing):
+        self.model, self.router, self.routing, self.convert, self.spread = model, router, {"decode": "dense", **routing}, convert, spread
+        groups = [g for _, g in batches(samples, 2048)]
+        self.groups = shard(groups) if spread else groups
+        self.known, self.states, self.max_entries, self.blocks_run = {}, OrderedDict(), max_entries, 0
         self.tokens, self.seconds = sum(len(a) + len(b) for a, b in samples), 0.0
         model.use()
         self.teacher = [model.response_states(g) for g in self.groups]
@@ -47,11 +49,9 @@ class Fitness:
     def items(self, units):
         """KL of each sample, (nsamples,) in nats per response token."""
         units, m, L = tuple(units), self.model, self.model.config.n_layer
-        self.blocks_asked += L
         if units not in self.known:
-            t = time.time()
             m.use(self.schedule(units), self.router, **self.routing)
-            first = max((l for l in range(L, 0, -1) if units[:l] in self.states), default=0)
+            first = self.blocks_known(units)
             passes = self.states[units[:first]] if first else [m.begin_samples(g) for g in self.groups]
             for l in range(first, L):
                 passes = [m.step(l, p) for p in passes]
@@ -59,11 +59,29 @@ class Fitness:
                 if len(self.states) > self.max_entries:
                     self.states.popitem(last=False)  # the oldest
             self.blocks_run += L - first
-            self.known[units] = torch.cat([
-                by_sample(kl_divergence(m.logits(x), m.logits(p.x[response_rows(g)[0]])), owner)
-                for g, p, (x, owner) in zip(self.groups, passes, self.teacher)])
-            self.seconds += time.time() - t
+            kl = [by_sample(kl_divergence(m.logits(x), m.logits(p.x[response_rows(g)[0]])), owner)
+                  for g, p, (x, owner) in zip(self.groups, passes, self.teacher)]
+            self.known[units] = torch.cat(unshard(kl) if self.spread else kl)
         return self.known[units]
+
+    def blocks_known(self, units):
+        """How many first blocks of a schedule have run before."""
+        return max((l for l in range(1, len(units) + 1) if units[:l] in self.states), default=0)
+
+    def candidates(self, some, tick):
+        """Run schedules, spread over the ranks: each goes where, with the blocks known there, it will be done first."""
+        t, load, mine = time.time(), [0] * world(), []
+        for units, known in zip(some, zip(*gather([self.blocks_known(u) for u in some]))):
+            done = [have + len(units) - k for have, k in zip(load, known)]
+            r = done.index(min(done))
+            load[r] = done[r]
+            mine += [units] * (r == rank())
+        for units in mine:
+            self.items(units)
+            tick()
+        for part in gather({u: self.known[u] for u in mine}):
+            self.known.update(part)
+        self.seconds += time.time() - t
 
     def __call__(self, units):
         return float(self.items(units).mean())
@@ -78,7 +96,7 @@ def block_influence(model, samples):
             p = model.begin_samples(group)
             for l in range(model.config.n_layer):
                 q = model.step(l, p)
-                total[l] += F.cosine_similarity(p.x.float(), q.x.float(), dim=-1).double().sum().cpu()
+                total[l] += F.cosine_similarity(p.x.to(q.x.device).float(), q.x.float(), dim=-1).double().sum().cpu()
                 p = q
             n += len(p.x)
     return (1 - total / n).tolist()
@@ -146,6 +164,7 @@ def evolve(fitness, watch, population, total, top, args, state_path, settings):
         population, generation, stale, spent, history, best = (s[k] for k in ("population", "generation", "stale", "spent", "history", "best"))
         a, b, c = s["rng"]
         rng.setstate((a, tuple(b), c))
+        fitness.candidates(list(map(tuple, population)), lambda: None)  # their results are not stored
         print(f"resuming at generation {generation}, {spent} evaluations done")
     progress, t = bar(total=args.evaluations, initial=spent, desc="search", unit="eval"), time.time()
     first = not history
@@ -164,11 +183,10 @@ def evolve(fitness, watch, population, total, top, args, state_path, settings):
                     children.append(child)
             population = children
         first = False
-        for u in population:
-            if tuple(u) not in fitness.known:
-                fitness(u)
-                spent += 1
-                progress.update()
+        fresh = [u for u in dict.fromkeys(map(tuple, population)) if u not in fitness.known]
+        fitness.candidates(fresh, progress.update)
+        spent += len(fresh)
+        progress.update(spent - progress.n)
         population.sort(key=fitness)
         lead = population[0]
         assert all(sum(u) == total and u[0] == 0 and max(u) <= top for u in population)
@@ -181,18 +199,19 @@ def evolve(fitness, watch, population, total, top, args, state_path, settings):
         print(f"generation {generation:3d}  evaluations {spent:4d}  KL {fitness(lead):.4f}  watched {held:.4f}  best watched {best['watch']:.4f}"
               f"  {60 * len(fitness.known) / max(fitness.seconds, 1e-9):.0f} candidates/min", flush=True)
         a, b, c = rng.getstate()
-        save_json(state_path, {"format": "ftp-search-state-1", "settings": settings, "population": population, "generation": generation,
-                               "stale": stale, "spent": spent, "history": history, "best": best, "rng": [a, list(b), c]})
+        if rank() == 0:
+            save_json(state_path, {"format": "ftp-search-state-1", "settings": settings, "population": population, "generation": generation,
+                                   "stale": stale, "spent": spent, "history": history, "best": best, "rng": [a, list(b), c]})
     progress.close()
     return best, history
 
 
 def work(fitness):
-    """What the search cost, for the artefact."""
+    """What the search cost, for the artefact; all ranks call it."""
     return {"evaluations": len(fitness.known), "seconds": round(fitness.seconds, 1),
             "candidates_per_minute": round(60 * len(fitness.known) / max(fitness.seconds, 1e-9), 1),
             "tokens_per_second": round(fitness.tokens * len(fitness.known) / max(fitness.seconds, 1e-9)),
-            "block_evaluations_saved": round(1 - fitness.blocks_run / max(fitness.blocks_asked, 1), 3)}
+            "block_evaluations_saved": round(1 - sum(gather(fitness.blocks_run)) / max(sum(map(len, fitness.known)), 1), 3)}
 
 
 def flops_converter(config, T, routing, largest):
@@ -261,9 +280,9 @@ def main():
         convert["convert"], top = flops_converter(model.config, round(sum(len(a) for a, _ in fit) / len(fit)), routing, args.max_sparsity)
         total = round(args.flops_saved * L * GRAIN)
         check(0 < total <= top * (L - 1), f"--flops_saved {args.flops_saved}: out of reach, at most {top * (L - 1) / L / GRAIN:.2f} here")
-    bi = block_influence(model, fit)
+    bi = gather(block_influence(model, fit))[0]  # the ranks must not part ways over a rounding
     uniform, by_bi = allocate([1.0] * L, total, top, rng), allocate([1 / b for b in bi], total, top, rng)
-    fitness, watch = Fitness(model, fit, **convert, **routing), Fitness(model, held, max_entries=0, **convert, **routing)
+    fitness, watch = Fitness(model, fit, **convert, **routing), Fitness(model, held, max_entries=0, spread=True, **convert, **routing)
     history = []
     if args.method == "ga":
         known = [by_bi, repair([(a + b) / 2 for a, b in zip(uniform, by_bi)], total, top, rng), *shapes(L, total, top, rng)]
@@ -279,6 +298,7 @@ def main():
     base = watch.items(uniform)
     watch.known.pop(tuple(units), None)  # run it once more, so that model.stats are its own
     kl = watch.items(units)
+    share_stats(model)
     diff = base - kl
     print(f"watched KL: uniform {base.mean():.4f}, {args.method} {kl.mean():.4f}, difference {diff.mean():.4f} "
           f"+- {diff.std() / len(diff) ** 0.5:.4f} (standard error over {len(diff)} samples)")
@@ -289,7 +309,8 @@ def main():
     s.meta = {**config, "method": args.method, "sparsity": args.sparsity, "block_influence": bi, "history": history, "work": cost,
               "kv": args.kv, "flops_saved": model.stats.saved("prefill"), "kl_fit": fitness(units),
               "kl_watch": float(kl.mean()), "kl_watch_uniform": float(base.mean())}
-    s.save(f"{out}/schedule.json")
+    if rank() == 0:
+        s.save(f"{out}/schedule.json")
     print("  ".join(f"{l}:{v:.2f}" for l, v in enumerate(s.sparsity)))
     print(f"mean {s.mean:.4f}, {s.meta['flops_saved']:.1%} of the watched prompts' block FLOPs saved -> {out}/schedule.json")
 

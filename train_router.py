@@ -4,23 +4,29 @@
     python train_router.py --inputs hidden --router_kind local --hinge           # the ablations of the paper
     python train_router.py --model meta-llama/Llama-2-7b-hf --data tatsu-lab/alpaca --nsamples 2000 --steps 2000
     python train_router.py --schedule out/schedule.json --resume                 # go on after an interruption
+    torchrun --nproc_per_node 8 train_router.py --batch_size 8                   # one sample of each step a GPU
 
     L = lambda_d KL(dense || routed) on response tokens  +  lambda_s |s_l - realised_l|  +  lambda_g(t) CE(static decisions)
 
 The guide is a keeping order by position and score. The paper's is {first, newest ... oldest} (--guide static); the default searches
 a better one on the samples first, then lets the router imitate it before the distillation starts.
 Decisions are hard in the forward pass (the same quotas as at inference) and straight-through in the backward pass.
+
+Under torchrun the samples of a step are spread over the ranks and the gradients summed here, not by DistributedDataParallel: that wraps
+one forward a step of one module, but the router is called by each block from within the frozen model and the forecaster is no module;
+and it averages the gradients of the ranks' own losses, while L_s is no mean over samples.
 """
 import random
 import time
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from common import Parser, bar, check, routing_of, run, start
+from common import Parser, bar, check, gather, rank, routing_of, run, shard, share_stats, spread_states, start, total, unshard, world
 from data import load_samples, load_tokenizer
 from model_ftp import FACTORS, FTPError, Router, Schedule, by_quota, by_sample, kl_divergence, load_json, response_rows, save_json
 
@@ -93,7 +99,7 @@ def warm_up(router, model, guide, samples, steps, lr=0.02):
         for l, s in enumerate(model.schedule.sparsity):
             if 0 < s < 1:
                 q = model.route(l, p)[1]  # the Pass that a decision sees
-                blocks.append((l, router.factors(q, s)[free(q)], guide.targets(q, s)))
+                blocks.append((l, *(t.to(model.device) for t in (router.factors(q, s)[free(q)], guide.targets(q, s)))))
             p = model.step(l, p)
     loss = torch.tensor(float("nan"))
     for step in bar(range(steps), desc="guide", unit="step"):
@@ -109,23 +115,33 @@ def warm_up(router, model, guide, samples, steps, lr=0.02):
 
 
 def losses(p, guide, hinge):
-    """L_s and L_g of a pass's decisions, each a mean over blocks; and the share argmax would skip."""
-    sparsity, imitation, shares = [], [], []
+    """L_s and L_g of a step's decisions, of all ranks' passes together, each a mean over blocks; and the share argmax would skip."""
+    sums = []
     for s, logits, q in p.trace:
         z = logits[free(q)]
         soft, hard = z.softmax(-1)[:, 1], (z[:, 1] >= z[:, 0]).float()
-        share = (hard + soft - soft.detach()).mean()       # straight-through share of skipped tokens, as argmax has it
-        sparsity.append((s - share).clamp(min=0) if hinge else (s - share).abs())
-        imitation.append(F.cross_entropy(z, guide.targets(q, s)))
-        shares.append(share.detach())
-    return torch.stack(sparsity).mean(), torch.stack(imitation).mean(), float(torch.stack(shares).mean())
+        skipped = (hard + soft - soft.detach()).sum()      # straight-through number of skipped tokens, as argmax has it
+        sums.append(torch.stack((skipped, F.cross_entropy(z, guide.targets(q, s), reduction="sum"), z.new_tensor(len(z)))).to(p.x.device))
+    skipped, imitation, n = total(torch.stack(sums)).unbind(1)
+    gap = torch.tensor([s for s, _, _ in p.trace], device=n.device) - skipped / n
+    return (gap.clamp(min=0) if hinge else gap.abs()).mean(), (imitation / n).mean(), float((skipped / n).detach().mean())
 
 
-def routed_kl(model, samples, teacher, schedule, router, **routing):
-    """KL to the dense model of each sample, (samples,), on the path that inference runs."""
+def routed_kl(model, taught, schedule, router, **routing):
+    """KL to the dense model of each sample, (samples,), on the path that inference runs. taught: spread_states() of the dense model."""
     model.use(schedule, router, **routing)
-    states, owner = model.response_states(samples)
-    return by_sample(torch.cat([kl_divergence(model.logits(t), model.logits(s)) for t, s in zip(teacher.split(1024), states.split(1024))]), owner)
+    kl = []
+    for group, teacher, owner in taught:
+        states, _ = model.response_states(group)
+        kl.append(by_sample(torch.cat([kl_divergence(model.logits(t), model.logits(s)) for t, s in zip(teacher.split(1024), states.split(1024))]), owner))
+    share_stats(model)
+    return torch.cat(unshard(kl))
+
+
+def gumbel(seed, *shape):
+    """Difference of two Gumbel draws, seeded for one sample, so that neither its batch mates nor the ranks change it."""
+    u = torch.rand(shape, generator=torch.Generator().manual_seed(random.Random(seed).getrandbits(63))).clamp(1e-6, 1 - 1e-6)
+    return u.log() - (1 - u).log()
 
 
 def save_state(path, learner, optimizer, step, best, history, settings, guide):
@@ -135,7 +151,7 @@ def save_state(path, learner, optimizer, step, best, history, settings, guide):
     for i, q in enumerate(learner.values()):
         tensors |= {f"adam.{i}.{k}": v for k, v in optimizer.state[q].items()}
     name = f"train_state_{step}.safetensors"
-    save_file({k: v.detach().clone().contiguous() for k, v in {**tensors, "rng": torch.get_rng_state()}.items()}, path.with_name(name))
+    save_file({k: v.detach().clone().contiguous() for k, v in tensors.items()}, path.with_name(name))
     save_json(path, {"format": "ftp-train-state-1", "settings": settings, "step": step, "history": history, "tensors": name, "guide": vars(guide),
                      "best": {k: v for k, v in best.items() if k != "state"}})
     for old in path.parent.glob("train_state_*.safetensors"):
@@ -161,7 +177,6 @@ def load_state(path, learner, optimizer, settings):
     fill(learner, part("learner."))
     for i, q in enumerate(learner.values()):
         optimizer.state[q] = part(f"adam.{i}.")
-    torch.set_rng_state(t["rng"])
     return s["step"], {**s["best"], "state": part("best.")}, s["history"], Order(**s["guide"])
 
 
@@ -178,7 +193,7 @@ def main():
     p.add_argument("--width", type=int, default=64, help="hidden width")
     p.add_argument("--score", default="16", help="attention score from the last W prompt queries, or mean over all (paper-like)")
     p.add_argument("--steps", type=int, default=60, help="training steps")
-    p.add_argument("--batch_size", type=int, default=1, help="samples a step")
+    p.add_argument("--batch_size", type=int, default=1, help="samples a step, all ranks together")
     p.add_argument("--lr", type=float, default=2e-3, help="learning rate, falling to a tenth by a cosine")
     p.add_argument("--warmup", type=int, default=1500, help="steps of the guide loss alone, without the LLM")
     p.add_argument("--guide", default="search", choices=["search", "static"], help="order the guide loss teaches: found on the samples, or the paper's")
@@ -199,6 +214,8 @@ def main():
     for flag in ("steps", "batch_size", "nwatch", "width", "eval_every", "lr"):
         check(getattr(args, flag) > 0, f"--{flag} {getattr(args, flag)}: must be positive")
     check(args.score == "mean" or args.score.isdigit() and int(args.score) > 0, f"--score {args.score}: give a number of queries, or mean")
+    check(args.batch_size >= world(), f"--batch_size {args.batch_size}: fewer samples a step than ranks; give at least {world()}")
+    check(args.decode_share == 0 or world() == 1, "--decode_share: its thresholds are quantiles over a whole step, so it trains in one process only")
     schedule = Schedule.load(args.schedule)
     model, config = start(args)
     tokenizer, out = load_tokenizer(args.model), Path(args.out_dir)
@@ -211,12 +228,19 @@ def main():
     model.use(schedule, router, **routing)
 
     t = time.time()
+    def draw(step):
+        """The samples of a step as (index, seed of its noise), all ranks' together, and the random numbers that go on from there."""
+        rng = random.Random(f"{args.seed}-{step}")
+        picks = [rng.randrange(len(samples)) for _ in range(args.batch_size)]
+        return [(i, f"{args.seed}-{step}-{j}") for j, i in enumerate(picks)], rng
+
     model.use()
-    teacher, owner = model.response_states(samples)                  # what the frozen teacher gives, once
-    teacher = [teacher[owner == i] for i in range(len(samples))]
-    held_teacher, _ = model.response_states(held)
-    static = routed_kl(model, held, held_teacher, schedule, "static", **fixed)
-    print(f"{len(samples)} training samples, {sum(map(len, teacher))} response tokens; teacher ran in {time.time() - t:.0f} s; "
+    needed = sorted({i for step in range(args.steps) for i, _ in shard(draw(step)[0])})
+    states, owner = model.response_states([samples[i] for i in needed])  # what the frozen teacher gives, once
+    teacher = {i: states[owner == j] for j, i in enumerate(needed)}
+    held_taught = spread_states(model, held)
+    static = routed_kl(model, held_taught, schedule, "static", **fixed)
+    print(f"{len(samples)} training samples, {len(needed)} of them picked{' by this rank' * (world() > 1)}; teacher ran in {time.time() - t:.0f} s; "
           f"watched KL with the static router {static.mean():.4f}", flush=True)
 
     learner, tuned = dict(router.named_parameters()), []
@@ -234,11 +258,10 @@ def main():
     else:
         guide, rng = Order.static(), random.Random(args.seed)
         if args.guide == "search":
-            few = samples[:args.guide_samples]
-            aim = torch.cat(teacher[:len(few)])
-            guide, tried = search_guide(lambda o: float(routed_kl(model, few, aim, schedule, o, **fixed).mean()),
-                                        args.guide_evals, rng)
-            watched = routed_kl(model, held, held_teacher, schedule, guide, **fixed).mean()
+            model.use()
+            few = spread_states(model, samples[:args.guide_samples])
+            guide, tried = search_guide(lambda o: float(routed_kl(model, few, schedule, o, **fixed).mean()), args.guide_evals, rng)
+            watched = routed_kl(model, held_taught, schedule, guide, **fixed).mean()
             print(f"guide: KL {min(tried):.4f} (static order {tried[0]:.4f}) after {len(tried)} orders, watched {watched:.4f}; "
                   f"curve {[round(v, 2) for v in guide.curve]}, "
                   f"weights {[round(v, 2) for v in guide.weights]}, head {guide.head}, tail {guide.tail}", flush=True)
@@ -247,11 +270,13 @@ def main():
                 guide = Order.static()
         model.use(schedule, guide, **fixed)
         entropy = warm_up(router, model, guide, samples[:16], args.warmup)
+        own = dict(router.named_parameters())
+        fill(own, gather({k: v.detach().cpu() for k, v in own.items()})[0])  # warm-up may round differently on each rank
         print(f"guide warm-up: cross-entropy {entropy:.4f} after {args.warmup} steps", flush=True)
 
     def look(step, loss):
         nonlocal best
-        kl = routed_kl(model, held, held_teacher, schedule, router, decode="dense", **routing)
+        kl = routed_kl(model, held_taught, schedule, router, decode="dense", **routing)
         entry = {"step": step, **loss, "watch_kl": float(kl.mean()), "watch_sparsity": model.stats.mean("prefill")}
         history.append(entry)
         if best is None or entry["watch_kl"] < best["watch_kl"]:
@@ -264,9 +289,8 @@ def main():
     progress, began, first, mean = bar(total=args.steps, initial=step, desc="router", unit="step"), time.time(), step, {}
     tokens = 0
     while step < args.steps:
-        rng = random.Random(f"{args.seed}-{step}")
-        picks = [rng.randrange(len(samples)) for _ in range(args.batch_size)]
-        group = [samples[i] for i in picks]
+        picks, rng = draw(step)
+        mine = shard(picks)
         for g in optimizer.param_groups:
             g["lr"] = g["top"] * (0.55 + 0.45 * torch.cos(torch.tensor(step / args.steps * torch.pi)).item())
         weight = args.lambda_g * max(0.0, 1 - step / (args.guide_until * args.steps)) if args.guide_until else 0.0
@@ -274,23 +298,34 @@ def main():
         model.use(schedule, router, **routing, decode="dense")
         if decode == "threshold":
             model.decode, model.aim, model.thresholds = decode, schedule.sparsity, [0.0] * len(schedule.sparsity)
+        group = [samples[i] for i, _ in mine]
+        L, noise = model.config.n_layer, [0.0] * model.config.n_layer
+        if args.gumbel:
+            noise = torch.cat([gumbel(seed, L, len(a) + len(b)) for (_, seed), (a, b) in zip(mine, group)], 1)
+            noise = [args.gumbel * n.to(model.place_of(l)) for l, n in enumerate(noise)]
         q = model.begin_samples(group)
-        for l in range(model.config.n_layer):
-            q = model.step(l, q, masked=True, noise=args.gumbel)
-        student, want = q.x[response_rows(group)[0]], torch.cat([teacher[i] for i in picks])
+        for l in range(L):
+            q = model.step(l, q, masked=True, noise=noise[l])
+        student, want = q.x[response_rows(group)[0]], torch.cat([teacher[i] for i, _ in mine])
         if args.distill == "kl":
             with torch.no_grad():
                 aim = model.logits(want)
-            l_d = kl_divergence(aim, model.logits(student)).mean()
+            wrong = kl_divergence(aim, model.logits(student))
         else:
-            l_d = F.mse_loss(model.norm(student).float(), model.norm(want).float())
+            wrong = (model.norm(student).float() - model.norm(want).float()).square().mean(1)
+        wrong, n = total(torch.stack((wrong.sum(), wrong.new_tensor(len(wrong)))).to(q.x.device))
+        l_d = wrong / n
         l_s, l_g, share = losses(q, guide, args.hinge)
         optimizer.zero_grad()
         (args.lambda_d * l_d + args.lambda_s * l_s + weight * l_g).backward()
+        if world() > 1:
+            for v in learner.values():
+                if v.grad is not None:
+                    dist.all_reduce(v.grad)
         for g in optimizer.param_groups:
             torch.nn.utils.clip_grad_norm_(g["params"], 1.0)
         optimizer.step()
-        tokens += len(q.x)
+        tokens += sum(len(a) + len(b) for a, b in (samples[i] for i, _ in picks))
         step += 1
         progress.update()
         for k, v in (("L_d" if decode == "dense" else "L_d_decode", l_d), ("L_s", l_s), ("L_g", l_g), ("argmax_sparsity", torch.tensor(share))):
@@ -298,25 +333,27 @@ def main():
         if step % args.eval_every == 0 or step == args.steps:
             look(step, {k: sum(v) / len(v) for k, v in mean.items()})
             mean = {}
-            out.mkdir(parents=True, exist_ok=True)
-            save_state(state_path, learner, optimizer, step, best, history, settings, guide)
+            if rank() == 0:
+                out.mkdir(parents=True, exist_ok=True)
+                save_state(state_path, learner, optimizer, step, best, history, settings, guide)
     progress.close()
     seconds = time.time() - began
     fill(learner, best["state"])
     if tuned:
-        routing["forecaster"].save(out / "forecaster_ft.safetensors")
+        if rank() == 0:
+            routing["forecaster"].save(out / "forecaster_ft.safetensors")
         print(f"forecaster tuned -> {out}/forecaster_ft.safetensors")
     model.use(schedule, router, **routing)
-    kl = routed_kl(model, held, held_teacher, schedule, router, decode="dense", **routing)
+    kl = routed_kl(model, held_taught, schedule, router, decode="dense", **routing)
     realised, diff = model.stats.mean("prefill"), static - kl
     model.use(schedule, router, **routing)
     thresholds = model.calibrate_decode(samples[:64])
-    routed_kl(model, held, held_teacher, schedule, router, decode="dense", **routing)
     rate = (step - first) / max(seconds, 1e-9) * 60
     router.meta = {**config, "schedule_id": schedule.id, "decode_threshold": thresholds, "best_step": best["step"], "guide": vars(guide), "history": history,
                    "kl_watch": float(kl.mean()), "kl_watch_static": float(static.mean()), "realised_sparsity": realised,
                    "work": {"steps": step, "steps_per_minute": round(rate, 1), "tokens": tokens, "seconds": round(seconds, 1)}}
-    router.save(out / "router.safetensors")
+    if rank() == 0:
+        router.save(out / "router.safetensors")
     print(f"watched KL: static {static.mean():.4f}, router {kl.mean():.4f} (step {best['step']}), difference {diff.mean():.4f} +- "
           f"{diff.std() / len(diff) ** 0.5:.4f} (standard error over {len(diff)} samples); {rate:.0f} steps/min")
     print(f"realised prefill sparsity {realised:.4f} (target {schedule.mean:.4f}); {sum(q.numel() for q in router.parameters())} parameters "

@@ -43,7 +43,7 @@ def main():
             state, first = model.begin([seq], [len(seq)]), []
             for l in range(model.config.n_layer):
                 after = model.step(l, state)
-                cos = F.cosine_similarity(state.x.float(), after.x.float(), dim=-1).cpu()
+                cos = F.cosine_similarity(state.x.to(after.x.device).float(), after.x.float(), dim=-1).cpu()
                 above[:, l] += torch.stack([(cos > t).sum() for t in THRESHOLDS])
                 first.append(cos[:args.shown])
                 state = after

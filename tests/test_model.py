@@ -228,7 +228,7 @@ def test_flops_of_the_paper():
 
 
 def test_cache_grows(tiny):
-    c = KVCache(tiny.config, 2, torch.float32, "cpu")
+    c = KVCache(tiny.config, 2, torch.float32)
     want = [[], []]
     for n in (3, 50, 1, 1):
         k = torch.randn(2 * n, 2, 8)
