@@ -74,10 +74,11 @@ def main():
     p = Parser(__doc__)
     p.add_argument("gguf", help="GGUF file")
     p.add_argument("folder", help="new folder to write")
+    p.add_argument("--dtype", default="float16", choices=["float32", "bfloat16", "float16"], help="dtype of the written weights")
     args = p.parse_args()
     check(Path(args.gguf).is_file(), f"{args.gguf}: no such file; give a .gguf file")
     check(not Path(args.folder).exists(), f"{args.folder}: exists already; give a new folder")
-    from_gguf(args.gguf, args.folder)
+    from_gguf(args.gguf, args.folder, getattr(torch, args.dtype))
     print(f"{args.folder} is ready: give it as --model")
 
 

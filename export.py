@@ -21,14 +21,16 @@ CARD = """---
 
 # {name}, routed by FTP: {share} of the tokens skip each block on average
 
-A router of {parameters} parameters decides before every block, token by token, *compute* or *skip*; the weights of {base} are unchanged.
+{router} decides before every block, token by token, *compute* or *skip*; the weights of {base} are unchanged.
 Method: "FTP: A Fine-grained Token-wise Pruner for Large Language Models via Token Routing" (arXiv 2412.11494), an independent implementation.
 
 ```python
-from model_ftp import FTPModel  # from the implementation's repository
+from data import load_tokenizer, render  # of the implementation's repository
+from model_ftp import FTPModel
 
-model = FTPModel.from_pretrained("FOLDER OR HUB ID OF THIS MODEL")  # routed at once; model.use() makes it dense
-model.generate([[1, 9690, 198]], max_new_tokens=64)
+here = "FOLDER OR HUB ID OF THIS MODEL"
+model, tokenizer = FTPModel.from_pretrained(here), load_tokenizer(here)  # routed at once; model.use() makes it dense
+print(tokenizer.decode(model.generate([render(tokenizer, "Why is the sky blue?")])[0]))
 ```
 
 ## What was made
@@ -111,8 +113,9 @@ def card(model, schedule, router, forecaster, routing, args):
         facts += [["router", f"{router}: no trained weights"]]
     if forecaster:
         facts += [["forecaster", f"rank {forecaster.rank}; {origin(forecaster.meta)}"]]
-    return CARD.format(front="".join(f"{k}: {v if isinstance(v, str) else '[' + ', '.join(v) + ']'}\n" for k, v in front.items() if v), name=name,
-                       share=f"{100 * schedule.mean:.0f} %", parameters=sum(p.numel() for p in router.parameters()) if learned else 0, base=base or name,
+    decides = f"A router of {sum(p.numel() for p in router.parameters())} parameters" if learned else "The token's position (no trained router)"
+    front = "".join(f"{k}: {v if isinstance(v, str) else '[' + ', '.join(v) + ']'}\n" for k, v in front.items() if v)
+    return CARD.format(front=front, name=name, base=base or name, share=f"{100 * schedule.mean:.0f} %", router=decides,
                        facts=markdown(["what", "value"], facts), sparsity=", ".join(f"{s:.2f}" for s in schedule.sparsity), decode=DECODE[routing["decode"]],
                        results=(quality(args.eval, schedule, router, routing) if args.eval else "")
                        + (speed(args.bench, model.fingerprint, args) if args.bench else ""))

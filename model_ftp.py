@@ -187,17 +187,17 @@ class Config:
 
     def memory(self, batch, length, sparsity, itemsize, kv="drop"):
         """Bytes that a prefill of `batch` prompts of `length` tokens needs under a list of sparsities, K/V `kv`, numbers of `itemsize` bytes,
-        no forecaster: {"weights", "kv" (all blocks, at the end), "activations" (of the largest block), "total" (weights, and the peak of
-        activations and the keys and values so far)}. Activations are what Block.forward holds when its MLP has expanded; block 0, where no
-        token skips, mostly has the most."""
+        no forecaster: {"weights", "kv" (all blocks, with the cache's room for 32 more tokens), "activations" (of the largest block),
+        "total" (weights, and the peak of activations and the keys and values so far)}. Activations are what Block.forward holds when its MLP
+        has expanded; block 0, where no token skips, mostly has the most."""
         d, D, Q, K, N = self.hidden_size, self.head_dim, self.n_head * self.head_dim, self.n_kv_head * self.head_dim, batch * length
         stored, peak, largest = 0, 0, 0
         for s in sparsity:
             M = batch * quota(length, s)
             routed, keep = 0 < M < N, kv == "keep" and 0 < M < N
             projected = M * 2 * Q + N * (3 * K + d) if keep else M * (2 * Q + 3 * K)  # products, and their rotated copies
-            held = N * (d + 2 * D) + routed * M * (d + 2 * D) + projected + M * (Q + d + 4 * self.intermediate_size)
-            stored += (N if keep else M) * 2 * K
+            held = N * (d + 2 * D) + routed * M * (d + 2 * D) + projected + M * (Q + 2 * d + 3 * self.intermediate_size)
+            stored += ((N if keep else M) + 32 * batch) * 2 * K if M else 0
             peak, largest = max(peak, stored + held), max(largest, held)
         return {k: v * itemsize for k, v in (("weights", self.parameters), ("kv", stored), ("activations", largest), ("total", self.parameters + peak))}
 
