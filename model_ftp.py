@@ -196,7 +196,7 @@ class Config:
             M = batch * quota(length, s)
             routed, keep = 0 < M < N, kv == "keep" and 0 < M < N
             projected = M * 2 * Q + N * (3 * K + d) if keep else M * (2 * Q + 3 * K)  # products, and their rotated copies
-            held = N * (d + 2 * D) + routed * M * (d + 2 * D) + projected + M * (Q + 2 * d + 3 * self.intermediate_size)
+            held = N * (d + 2 * D) + routed * M * (d + 2 * D) + projected + M * (Q + 3 * d + 2 * self.intermediate_size)
             stored += ((N if keep else M) + 32 * batch) * 2 * K if M else 0
             peak, largest = max(peak, stored + held), max(largest, held)
         return {k: v * itemsize for k, v in (("weights", self.parameters), ("kv", stored), ("activations", largest), ("total", self.parameters + peak))}
