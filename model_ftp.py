@@ -27,6 +27,7 @@ from safetensors.torch import save_file
 HOME = Path(os.environ.get("FTP_HOME", Path(__file__).resolve().parent / "models"))  # where "smollm2" lies
 FACTORS = ("position", "score", "rank", "sparsity")  # the paper's four inputs of the router
 INPUTS = {"position": 3, "place": 1, "score": 1, "rank": 1, "sparsity": 1, "forecast": 1}  # numbers each enters with; "hidden" has hidden_size
+SELECTIONS = ("static", "random", "attention", "progressive")  # routers that need no training
 NEAR = 64  # tokens within which the absolute distance to a prompt's start and end is told apart
 
 
@@ -99,11 +100,13 @@ class Config:
     tied: bool
     max_len: int
     eos: tuple = ()
+    shortcut: bool = False  # a matrix on every residual (SliceGPT)
 
     @classmethod
     def from_hf(cls, c, source="--model"):
         """Config from the dict `c` of a config.json. FTPError names any feature this model file lacks."""
-        kind = c.get("model_type")
+        sliced = c.get("model_type") == "slicegpt"
+        kind = c.get("sliced_from") if sliced else c.get("model_type")
         if kind not in ("llama", "qwen2"):
             raise FTPError(f"{source}: model_type {kind!r} is not supported; use a llama or qwen2 (Qwen1.5/2/2.5) model")
         rope = dict(c.get("rope_parameters") or c.get("rope_scaling") or {})
@@ -124,14 +127,14 @@ class Config:
                        rope.get("rope_theta") or c.get("rope_theta") or 10000.0,
                        rope if rope_type == "llama3" else None, kind == "qwen2",
                        bool(c.get("tie_word_embeddings", False)), c.get("max_position_embeddings", 2048),
-                       tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,))
+                       tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,), sliced)
         except KeyError as e:
             raise FTPError(f"{source}: config.json has no {e}; give a complete LLaMA-family folder") from None
 
     @property
     def p_attn(self):
-        """Parameters of a block's q, k, v and o maps."""
-        return self.hidden_size * self.head_dim * 2 * (self.n_head + self.n_kv_head)
+        """Parameters of a block's q, k, v and o maps, and of the residual's where it has one."""
+        return self.hidden_size * (self.head_dim * 2 * (self.n_head + self.n_kv_head) + self.shortcut * self.hidden_size)
 
     @property
     def p_kv(self):
@@ -140,12 +143,13 @@ class Config:
 
     @property
     def p_mlp(self):
-        return 3 * self.hidden_size * self.intermediate_size
+        return self.hidden_size * (3 * self.intermediate_size + self.shortcut * self.hidden_size)
 
-    def block_flops(self, tokens, pairs, kv_only=0):
-        """FLOPs of one block: `tokens` computed, `pairs` query-key pairs attended, `kv_only` tokens with K/V alone."""
-        return (2 * (self.p_attn + self.p_mlp) * tokens + 4 * self.n_head * self.head_dim * pairs
-                + 2 * self.p_kv * kv_only)
+    def block_flops(self, tokens, pairs, kv_only=0, mlp_tokens=None):
+        """FLOPs of one block: `tokens` computed, `pairs` query-key pairs attended, `kv_only` tokens with K/V alone; mlp_tokens: those
+        that run the MLP, where they are not those that run the attention."""
+        return (2 * self.p_attn * tokens + 2 * self.p_mlp * (tokens if mlp_tokens is None else mlp_tokens)
+                + 4 * self.n_head * self.head_dim * pairs + 2 * self.p_kv * kv_only)
 
     def score_flops(self, window, keys):
         """FLOPs of the attention scores of one block: `window` queries against `keys` keys."""
@@ -162,16 +166,19 @@ class Config:
         """Bytes of keys and values for `stored` token-block entries."""
         return 2 * self.n_kv_head * self.head_dim * stored * itemsize
 
-    def prefill_flops(self, T, sparsity, kv="drop", router=None, window=16, head=1, forecast_rank=None):
+    def prefill_flops(self, T, sparsity, kv="drop", router=None, window=16, head=1, forecast_rank=None, parts=None):
         """FLOPs of the prefill of one prompt of T tokens under a list of sparsities (method section 7).
 
         `router` adds its MLP and the scores (`window` queries a block); `head` counts the positions that get logits.
-        forecast_rank: rank of the forecaster, if one is in use.
+        forecast_rank: rank of the forecaster, if one is in use. parts: as in Schedule.
         """
         total = self.head_flops(head)
         for l, s in enumerate(sparsity):
             k = quota(T, s)
-            if kv == "keep" and 0 < s:  # kept queries see every earlier key; which ones are kept is the static order
+            if parts and parts[l] != "both":
+                attend = k * (parts[l] == "attention")
+                total += self.block_flops(attend, attend * (attend + 1) / 2, mlp_tokens=k - attend)
+            elif kv == "keep" and 0 < s:  # kept queries see every earlier key; which ones are kept is the static order
                 pairs = sum(range(T - k + 2, T + 1)) + 1 if k else 0
                 total += self.block_flops(k, pairs, T - k)
             else:
@@ -198,13 +205,14 @@ class Schedule:
     """One sparsity per block, the share of tokens that skip it; 1 removes the block, block 0 is 0 (or 1).
 
     decode_threshold, if any, holds the router margin below which a decoded token skips block l; it is only valid
-    with the router whose id it carries.
+    with the router whose id it carries. parts, if any, says of each block what is left of it: "both" sub-blocks, "attention" or "mlp".
     """
     sparsity: list
     fingerprint: dict
     decode_threshold: list | None = None
     router_id: str | None = None
     meta: dict = field(default_factory=dict)
+    parts: list | None = None
 
     def __post_init__(self):
         s = self.sparsity
@@ -215,6 +223,9 @@ class Schedule:
         t = self.decode_threshold
         if t is not None and not (isinstance(t, list) and len(t) == len(s) and all(isinstance(v, (int, float)) for v in t)):
             raise FTPError("--schedule: decode_threshold must hold one number a block; make the schedule again")
+        t = self.parts
+        if t is not None and not (isinstance(t, list) and len(t) == len(s) and all(v in ("both", "attention", "mlp") for v in t)):
+            raise FTPError('--schedule: parts must hold "both", "attention" or "mlp" for each block; make the schedule again')
 
     @property
     def mean(self):
@@ -222,7 +233,12 @@ class Schedule:
 
     @property
     def id(self):
-        return hashlib.sha256(json.dumps([round(v, 6) for v in self.sparsity]).encode()).hexdigest()[:12]
+        return hashlib.sha256(json.dumps([round(v, 6) for v in self.sparsity] + (self.parts or [])).encode()).hexdigest()[:12]
+
+    @property
+    def removes(self):
+        """Whether it removes blocks or sub-blocks."""
+        return max(self.sparsity) >= 1 or any(v != "both" for v in self.parts or [])
 
     @classmethod
     def uniform(cls, model, sparsity):
@@ -237,7 +253,7 @@ class Schedule:
     def load(cls, path):
         o = load_json(path, "ftp-schedule-1", "--schedule")
         try:
-            return cls(o["sparsity"], o["fingerprint"], o.get("decode_threshold"), o.get("router_id"), o.get("meta", {}))
+            return cls(o["sparsity"], o["fingerprint"], o.get("decode_threshold"), o.get("router_id"), o.get("meta", {}), o.get("parts"))
         except KeyError as e:
             raise FTPError(f"--schedule: {path} has no {e}; make it again") from None
 
@@ -461,6 +477,7 @@ class Pass:
         self.score, self.rank = torch.zeros_like(self.place), torch.zeros_like(self.place)
         self.memory = None                            # hidden layer of a recurrent router
         self.forecast = None                          # what Forecaster gives for the block to come
+        self.alive = torch.ones_like(in_set, device=dev)  # tokens that progressive selection has not dropped yet
         self.trace = []                               # in training: (sparsity, router logits, Pass) a decision
 
     def next(self, **changed):
@@ -479,6 +496,11 @@ class Keep:
     of these in its prompt; mask (N,) the same as booleans; gate (N,) the same with a straight-through gradient."""
     def __init__(self, rows, counts, set_counts, mask=None, gate=None):
         self.rows, self.counts, self.set_counts, self.mask, self.gate = rows, counts, set_counts, mask, gate
+
+    def decoded(self, p):
+        """Those of them that are decoded tokens of the Pass."""
+        counts, mask = self.counts - self.set_counts, ~p.in_set if self.mask is None else self.mask & ~p.in_set
+        return Keep(torch.nonzero_static(mask, size=int(counts.sum()))[:, 0], counts, torch.zeros_like(counts), mask)
 
 
 def runs(*lists):
@@ -558,6 +580,7 @@ class Block(nn.Module):
         self.gate = nn.Linear(d, c.intermediate_size, False)
         self.up = nn.Linear(d, c.intermediate_size, False)
         self.down = nn.Linear(c.intermediate_size, d, False)
+        self.shortcut1, self.shortcut2 = (nn.Linear(d, d, False) if c.shortcut else nn.Identity() for _ in range(2))
 
     def queries(self, a, rope):
         return rotate(self.q(a).view(len(a), self.c.n_head, self.c.head_dim), *rope)
@@ -570,17 +593,20 @@ class Block(nn.Module):
         shape = len(a), self.c.n_kv_head, self.c.head_dim
         return rotate(k.view(shape), *rope), v.view(shape)
 
-    def rest(self, h, att):
+    def rest(self, h, att, part="both"):
         """Residual adds and MLP. h, att (M, d)."""
-        h = h + self.o(att)
+        if part != "mlp":
+            h = self.shortcut1(h) + self.o(att)
+        if part == "attention":
+            return h
         a = self.norm2(h)
-        return h + self.down(F.silu(self.gate(a)) * self.up(a))
+        return self.shortcut2(h) + self.down(F.silu(self.gate(a)) * self.up(a))
 
-    def forward(self, p, keep, kv, score):
+    def forward(self, p, keep, kv, score, part="both"):
         """Run the kept rows of p.x; returns the Pass after this block. Skipped rows are unchanged, or take p.forecast.
 
         kv "drop" or "keep": whether skipped tokens offer a key and value. score: W or "mean" to refresh the
-        score table, None when no later decision reads it.
+        score table, None when no later decision reads it. part: "attention" or "mlp" runs this sub-block alone.
         """
         rows, x, at, stored = keep.rows, p.x, None, keep.counts
         rope = p.rope if rows is None else tuple(t[rows] for t in p.rope)
@@ -588,6 +614,9 @@ class Block(nn.Module):
         if p.forecast is not None:
             update, missing = p.forecast
             x, p = x + update, p.next(forecast=None)
+        if part == "mlp":
+            h = self.rest(h, None, part)
+            return p.next(x=h if rows is None else x.index_copy(0, rows, h))
         if kv == "keep" and rows is not None:
             a = self.norm1(p.x)
             k, v = self.keys_values(a, p.rope, missing if missing is None else missing * ~keep.mask[:, None])
@@ -608,7 +637,7 @@ class Block(nn.Module):
             if score is not None:
                 with torch.profiler.record_function("ftp_routing"):
                     p = self.observe(p, keep, q, k, stored, at, score)
-        h = self.rest(h, att)
+        h = self.rest(h, att, part)
         return p.next(x=h if rows is None else x.index_copy(0, rows, h))
 
     def attend(self, keep, q, k, v, stored, at):
@@ -695,7 +724,7 @@ class Block(nn.Module):
             i, j = i + b * c, j + b * m
         return p.next(score=score, rank=rank)
 
-    def masked(self, p, keep, kv, score):
+    def masked(self, p, keep, kv, score, part="both"):
         """The same function on all rows, with 0/1 gates instead of gathers; gates carry straight-through gradients.
 
         A skipped token's row is still computed (it sees its own key), so that its gate learns what the skip loses.
@@ -707,6 +736,8 @@ class Block(nn.Module):
             update, missing = p.forecast
             skipped, missing = x + update, missing * (1 - gate.to(x.dtype)[:, None]) if kv == "keep" else None
             p = p.next(forecast=None)
+        if part == "mlp":
+            return p.next(x=skipped + gate.to(x.dtype)[:, None] * (self.rest(x, None, part) - skipped))
         q, (k, v) = self.queries(a, p.rope), self.keys_values(a, p.rope, missing)
         out = []
         for i, n in zip(p.start, p.n):
@@ -724,7 +755,7 @@ class Block(nn.Module):
                 wide = kv == "keep" or rows is None
                 p = self.observe(p, keep, q if rows is None else q[rows], k if wide else k[rows],
                                  p.counts if wide else keep.counts, p.local[rows] if wide and rows is not None else None, score)
-        return p.next(x=skipped + gate.to(x.dtype)[:, None] * (self.rest(x, torch.cat(out)) - skipped))
+        return p.next(x=skipped + gate.to(x.dtype)[:, None] * (self.rest(x, torch.cat(out), part) - skipped))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -768,7 +799,7 @@ class FTPModel(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.config = config
+        self.config = self.base = config              # base: what saved FLOPs are counted against, for a pruned model the original
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
         self.blocks = nn.ModuleList(Block(config, l) for l in range(config.n_layer))
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_eps)
@@ -830,33 +861,39 @@ class FTPModel(nn.Module):
     @property
     def fingerprint(self):
         """Tells models apart: a hash of the shape, and eight weights of the last norm."""
-        c = {k: v for k, v in asdict(self.config).items() if k not in ("eos", "max_len")}
+        c = {k: v for k, v in asdict(self.config).items() if k not in ("eos", "max_len") and (k, v) != ("shortcut", False)}
         return {"config": hashlib.sha256(json.dumps(c, sort_keys=True).encode()).hexdigest()[:16],
                 "norm": [round(v, 5) for v in self.norm.weight[:8].float().tolist()]}
 
     # -- routing
 
     def use(self, schedule=None, router="static", *, prefill="topk", decode="dense", kv="drop", one_pass=False, score=None,
-            forecaster=None, seed=0):
+            forecaster=None, seed=0, removal="whole"):
         """Set how tokens are routed from now on; use() alone goes back to dense. Returns self.
 
-        schedule: Schedule or path. router: Router or path, "static" (position only), "random", "attention" (by score), or any
-        function (Pass, s) -> (N,) whose largest values are kept.
+        schedule: Schedule or path. router: Router or path, "static" (position only), "random", "attention" (by score), "progressive" (by the
+        last token's attention; a dropped token stays dropped), or any function (Pass, s) -> (N,) whose largest values are kept.
         prefill: "topk" (each block keeps its quota) or "argmax" (the router's own decision, as in the paper).
         decode: "dense", "threshold" (calibrated), or "rule" (the paper's: skip blocks with s > 0.5). kv: "drop" or "keep" the K/V of skipped
         tokens. one_pass: decide all blocks from the scores of block 0. score: window W or "mean" (default: the router's).
         forecaster: Forecaster or path; skipped tokens then take its forecast instead of staying as they are.
+        removal: whether the blocks and sub-blocks that a schedule removes are absent for every token ("whole") or for prompts alone
+        ("prompt"): then decoded tokens run them, over the keys of decoded tokens (under kv "keep" over all).
         """
         schedule = Schedule.load(schedule) if isinstance(schedule, (str, Path)) else schedule
-        if isinstance(router, (str, Path)) and router not in ("static", "random", "attention"):
+        if isinstance(router, (str, Path)) and router not in SELECTIONS:
             router = Router.load(router)
         for flag, value, known in (("--prefill", prefill, ("topk", "argmax")), ("--kv", kv, ("drop", "keep")),
-                                   ("--decode", decode, ("dense", "threshold", "rule"))):
+                                   ("--decode", decode, ("dense", "threshold", "rule")), ("--removal", removal, ("whole", "prompt"))):
             if value not in known:
                 raise FTPError(f"{flag} {value}: unknown; choose from {', '.join(known)}")
         learned = isinstance(router, Router)
         thresholds = None
         if schedule is not None:
+            if self.config.shortcut:
+                raise FTPError("--schedule: a sliced model can't be routed, each of its sub-blocks has a basis of its own; leave the schedule out")
+            if forecaster is not None and schedule.parts:
+                raise FTPError("--forecaster: it forecasts whole blocks; give a schedule without parts")
             check_fingerprint(schedule.fingerprint, self.fingerprint, "--schedule: it")
             if len(schedule.sparsity) != self.config.n_layer:
                 raise FTPError(f"--schedule: it has {len(schedule.sparsity)} blocks, the model {self.config.n_layer}")
@@ -885,7 +922,8 @@ class FTPModel(nn.Module):
                            "or --decode dense")
         self.__dict__["router"] = router  # past nn.Module: the router is no part of the frozen model's parameters
         self.schedule, self.prefill, self.kv, self.one_pass = schedule, prefill, kv, one_pass
-        self.decode, self.thresholds, self.score_window = decode, thresholds, score or (router.score if learned else 16)
+        self.decode, self.thresholds, self.score_window = decode, thresholds, score or (router.score if learned else 1 if router == "progressive" else 16)
+        self.removal = removal
         self.aim = None          # while calibrating or training: the share of decoded tokens that skips each block
         self._random = torch.Generator().manual_seed(seed)
         self.stats = Stats(self.config.n_layer)
@@ -902,8 +940,10 @@ class FTPModel(nn.Module):
         """The router's preference for computing block l, (N,) float32, its logits (N, 2) if it is learned, and the Pass."""
         if self.router == "random":
             return torch.rand(len(p.x), generator=self._random).to(p.x.device), None, p
+        if self.router in ("attention", "progressive"):
+            return p.score.masked_fill(~p.alive, -torch.inf), None, p
         if not isinstance(self.router, Router):
-            return (p.score if self.router == "attention" else self.router(p, s)), None, p
+            return self.router(p, s), None, p
         logits, memory = self.router(l, self.router.factors(p, s), p.memory)
         return logits[:, 0] - logits[:, 1], logits, p.next(memory=memory)
 
@@ -914,6 +954,9 @@ class FTPModel(nn.Module):
         if s <= 0:
             return Keep(None, p.counts, p.set_counts), p
         if s >= 1:
+            if self.removal == "prompt":
+                every = Keep(None, p.counts, p.set_counts)
+                return every.decoded(p) if p.any_set else every, p
             nothing = torch.zeros_like(p.counts)
             return Keep(p.local[:0], nothing, nothing, torch.zeros_like(p.in_set)), p
         if self.forecaster is not None:
@@ -957,6 +1000,8 @@ class FTPModel(nn.Module):
             soft = torch.sigmoid(margin - tau)
             gate = mask + torch.where(free, soft - soft.detach(), 0.0)
             p.trace.append((s, logits, p))
+        if self.router == "progressive":
+            p = p.next(alive=p.alive & mask)
         return Keep(torch.nonzero_static(mask, size=int(counts.sum()))[:, 0], counts, set_counts, mask, gate), p
 
     def calibrate_decode(self, samples, sparsity=None):
@@ -999,38 +1044,52 @@ class FTPModel(nn.Module):
         """Route and run block l: Pass -> Pass."""
         with torch.profiler.record_function("ftp_routing"):
             keep, p = self.route(l, p, noise)
-        self.count(l, p, keep)
-        if self.schedule and self.schedule.sparsity[l] >= 1:
-            return p
+        todo = self.todo(l, p, keep)
+        self.count(l, p, keep, todo)
         run = self.blocks[l].masked if masked else self.blocks[l]
-        return run(p, keep, self.kv, self.score_window if self.reads_scores(l) else None)
+        for part, these in todo:
+            p = run(p, these, self.kv, self.score_window if self.reads_scores(l) else None, part)
+        return p
 
-    def count(self, l, p, keep):
-        """Add block l of a pass to the realised sparsity and FLOPs."""
+    def todo(self, l, p, keep):
+        """What runs of block l: [(part, Keep)], nothing of a removed block."""
+        part = self.schedule.parts[l] if self.schedule and self.schedule.parts else "both"
+        if self.schedule and self.schedule.sparsity[l] >= 1:
+            return [] if self.removal == "whole" else [("both", keep)]
+        if part == "both" or self.removal == "whole":
+            return [(part, keep)]
+        if not p.any_set:
+            return [("both", keep)]
+        return [(half, keep if half == part else keep.decoded(p)) for half in ("attention", "mlp")]
+
+    def count(self, l, p, route, todo):
+        """Add block l of a pass to the realised sparsity (a token that runs a part of it has not skipped) and FLOPs."""
         c, st = self.config, self.stats
+        keep, mlp = (next((k for part, k in todo if part in ("both", half)), None) for half in ("attention", "mlp"))
+        split = lambda k: (k.set_counts.tolist(), (k.counts - k.set_counts).tolist()) if k else ([0] * len(p.n), [0] * len(p.n))
         removed = self.schedule is not None and self.schedule.sparsity[l] >= 1
-        kv_only = self.kv == "keep" and keep.rows is not None and not removed
-        sets = keep.set_counts.tolist()
-        singles = [n - m for n, m in zip(keep.counts.tolist(), sets)]
-        kept, total = (sum(sets), sum(singles)), (sum(p.n_set), sum(p.n) - sum(p.n_set))
+        kv_only = self.kv == "keep" and keep is not None and keep.rows is not None
+        sets, singles = split(keep)
+        attend, total = (sum(sets), sum(singles)), (sum(p.n_set), sum(p.n) - sum(p.n_set))
+        kept, transform = (attend if k is keep else [sum(v) for v in split(k)] for k in (route, mlp))
         if kv_only:
             seen, in_set = p.pos[keep.rows] + 1, p.in_set[keep.rows]
             pairs = float(seen[in_set].sum()), float(seen[~in_set].sum())
         else:
             past = p.cache.len[l, p.slots].tolist() if p.has_past else [0] * len(sets)
             pairs = (sum(m * (m + 1) for m in sets) / 2, sum(n * (m + h) + n * (n + 1) / 2 for n, m, h in zip(singles, sets, past)))
-        learned = isinstance(self.router, Router) and keep.rows is not None and not removed
+        learned = isinstance(self.router, Router) and route.rows is not None and not removed
         for i, ph in enumerate(("prefill", "decode")):
             st.kept[ph][l] += kept[i]
             if l == 0:
                 st.total[ph] += total[i]
-            st.dense_flops[ph] += c.block_flops(total[i], p.dense_pairs[i])
-            st.flops[ph] += c.block_flops(kept[i], pairs[i], (total[i] - kept[i]) * kv_only)
-            if self.forecaster is not None and keep.rows is not None and not removed:
+            st.dense_flops[ph] += self.base.n_layer / c.n_layer * self.base.block_flops(total[i], p.dense_pairs[i])
+            st.flops[ph] += c.block_flops(attend[i], pairs[i], (total[i] - attend[i]) * kv_only, transform[i])
+            if self.forecaster is not None and route.rows is not None and not removed:
                 st.flops[ph] += c.forecast_flops(self.forecaster.rank, total[i])
             if learned and (i == 0 or self.decode == "threshold"):
                 st.flops[ph] += self.router.flops(total[i])
-        if self.reads_scores(l):
+        if self.reads_scores(l) and keep is not None:
             width = math.inf if self.score_window == "mean" else self.score_window
             st.flops["prefill"] += c.score_flops(1, sum(min(m, width) * m for m in sets))
 
