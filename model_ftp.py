@@ -14,7 +14,7 @@ import hashlib
 import json
 import math
 import os
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import accumulate, groupby
 from pathlib import Path
 
@@ -100,7 +100,8 @@ class Config:
     tied: bool
     max_len: int
     eos: tuple = ()
-    shortcut: bool = False  # a matrix on every residual (SliceGPT)
+    shortcut: bool = False      # a matrix on every residual (SliceGPT)
+    widths: list | None = None  # (K/V heads, MLP channels) of each block, where they differ
 
     @classmethod
     def from_hf(cls, c, source="--model"):
@@ -127,9 +128,16 @@ class Config:
                        rope.get("rope_theta") or c.get("rope_theta") or 10000.0,
                        rope if rope_type == "llama3" else None, kind == "qwen2",
                        bool(c.get("tie_word_embeddings", False)), c.get("max_position_embeddings", 2048),
-                       tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,), sliced)
+                       tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,), sliced, c.get("widths"))
         except KeyError as e:
             raise FTPError(f"{source}: config.json has no {e}; give a complete LLaMA-family folder") from None
+
+    def block(self, l):
+        """The config of block l."""
+        if not self.widths:
+            return self
+        kv, mlp = self.widths[l]
+        return replace(self, n_head=kv * (self.n_head // self.n_kv_head), n_kv_head=kv, intermediate_size=mlp, widths=None)
 
     @property
     def p_attn(self):
@@ -174,21 +182,21 @@ class Config:
         """
         total = self.head_flops(head)
         for l, s in enumerate(sparsity):
-            k = quota(T, s)
+            k, c = quota(T, s), self.block(l)
             if parts and parts[l] != "both":
                 attend = k * (parts[l] == "attention")
-                total += self.block_flops(attend, attend * (attend + 1) / 2, mlp_tokens=k - attend)
+                total += c.block_flops(attend, attend * (attend + 1) / 2, mlp_tokens=k - attend)
             elif kv == "keep" and 0 < s:  # kept queries see every earlier key; which ones are kept is the static order
                 pairs = sum(range(T - k + 2, T + 1)) + 1 if k else 0
-                total += self.block_flops(k, pairs, T - k)
+                total += c.block_flops(k, pairs, T - k)
             else:
-                total += self.block_flops(k, k * (k + 1) / 2)
+                total += c.block_flops(k, k * (k + 1) / 2)
             if router is not None and 0 < s < 1:
                 total += router.flops(T)
             if forecast_rank and 0 < s < 1:
                 total += self.forecast_flops(forecast_rank, T)
             if router is not None and {"score", "rank"} & set(router.inputs) and any(0 < v < 1 for v in sparsity[l + 1:]):
-                total += self.score_flops(min(window, k), k)
+                total += c.score_flops(min(window, k), k)
         return total
 
 
@@ -417,7 +425,7 @@ class KVCache:
         if self.k[l] is None or need > self.k[l].shape[2]:
             cap = need + 32 if self.k[l] is None else max(need + 32, self.k[l].shape[2] * 5 // 4)  # amortised growth
             for store in (self.k, self.v):
-                new = torch.zeros(self.rows, self.config.n_kv_head, cap, self.config.head_dim, dtype=self.dtype, device=self.device)
+                new = torch.zeros(self.rows, k.shape[1], cap, self.config.head_dim, dtype=self.dtype, device=self.device)
                 if store[l] is not None:
                     new[:, :, :store[l].shape[2]] = store[l]
                 store[l] = new
@@ -440,8 +448,9 @@ class KVCache:
 
     def bytes(self):
         """Bytes of the stored entries, (used, allocated)."""
-        item = self.config.kv_bytes(1, self.dtype.itemsize)
-        return int(self.len.sum()) * item, sum(k.shape[0] * k.shape[2] for k in self.k if k is not None) * item
+        item = [self.config.block(l).kv_bytes(1, self.dtype.itemsize) for l in range(self.config.n_layer)]
+        return (sum(n * i for n, i in zip(self.len.sum(1).tolist(), item)),
+                sum(k.shape[0] * k.shape[2] * i for k, i in zip(self.k, item) if k is not None))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -801,7 +810,7 @@ class FTPModel(nn.Module):
         super().__init__()
         self.config = self.base = config              # base: what saved FLOPs are counted against, for a pruned model the original
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.blocks = nn.ModuleList(Block(config, l) for l in range(config.n_layer))
+        self.blocks = nn.ModuleList(Block(config.block(l), l) for l in range(config.n_layer))
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_eps)
         self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tied:
@@ -837,6 +846,8 @@ class FTPModel(nn.Module):
                             mine = want.pop(name)
                             t = f.get_tensor(name).to(device=device, dtype=dtype)
                             owner, leaf = model.get_submodule(mine.rpartition(".")[0]), mine.rpartition(".")[2]
+                            if model.config.widths:  # what was pruned are zeros at the end, so that any LLaMA loader can read the folder
+                                t = t[tuple(map(slice, getattr(owner, leaf).shape))].clone()
                             if t.shape != getattr(owner, leaf).shape:
                                 raise FTPError(f"--model: {name} in {file.name} has shape {tuple(t.shape)}, config.json asks for "
                                                f"{tuple(getattr(owner, leaf).shape)}; give a matching folder")
@@ -861,7 +872,7 @@ class FTPModel(nn.Module):
     @property
     def fingerprint(self):
         """Tells models apart: a hash of the shape, and eight weights of the last norm."""
-        c = {k: v for k, v in asdict(self.config).items() if k not in ("eos", "max_len") and (k, v) != ("shortcut", False)}
+        c = {k: v for k, v in asdict(self.config).items() if k not in ("eos", "max_len") and (k, v) not in (("shortcut", False), ("widths", None))}
         return {"config": hashlib.sha256(json.dumps(c, sort_keys=True).encode()).hexdigest()[:16],
                 "norm": [round(v, 5) for v in self.norm.weight[:8].float().tolist()]}
 
@@ -1064,7 +1075,7 @@ class FTPModel(nn.Module):
 
     def count(self, l, p, route, todo):
         """Add block l of a pass to the realised sparsity (a token that runs a part of it has not skipped) and FLOPs."""
-        c, st = self.config, self.stats
+        c, st = self.blocks[l].c, self.stats
         keep, mlp = (next((k for part, k in todo if part in ("both", half)), None) for half in ("attention", "mlp"))
         split = lambda k: (k.set_counts.tolist(), (k.counts - k.set_counts).tolist()) if k else ([0] * len(p.n), [0] * len(p.n))
         removed = self.schedule is not None and self.schedule.sparsity[l] >= 1

@@ -11,7 +11,7 @@ lazyllm      LazyLLM-like (2407.14057): prompt tokens drop out for good, in thre
 laco         LaCo (2402.11187): groups of blocks merged from the top; the paper's sum of differences                     folder
 laco_last    LaCo as its notebook runs it: updated in place the sum telescopes, and the last block of the group stands for all  folder
 slicegpt     SliceGPT (2401.15024): each sub-block in its own principal components, of which the first stay                folder
-width        structured width pruning, LLM-Pruner-like (2305.11627): MLP channels and K/V groups by |gradient x weight|  folder
+width        structured width pruning, LLM-Pruner-like (2305.11627): MLP channels (and K/V heads) by |gradient x weight| folder
 
 None is trained afterwards. Each takes the size nearest to the target; the share it realises on the calibration prompts is stored. Folders
 but slicegpt's load in transformers too. Others need no script: first + recent under a uniform or BI schedule (search_scheduler.py --method
@@ -192,29 +192,32 @@ def collapse(L, gone, threshold, score, last, group=4, interval=2):
 
 
 def laco(model, samples, levels, tensors, last=False):
-    """The highest threshold (in steps of 0.05) that removes enough."""
-    L, score = model.config.n_layer, similarity(model, whole_texts(samples))
+    """LaCo leaves its settings to the user: of groups of 2, 3 or 4 layers, each with the highest threshold (in steps of 0.05) that
+    removes enough, the result most similar to the original. Judged by 10 samples, as in the paper."""
+    L, score = model.config.n_layer, similarity(model, whole_texts(samples[:10]))
     names = [n.removeprefix("model.layers.0.") for n in tensors if n.startswith("model.layers.0.")]
     for level in levels:
-        gone = round(level * L)
-        tries = ((t / 100, collapse(L, gone, t / 100, score, last)) for t in range(95, -101, -5))
-        threshold, layers = next((t, got) for t, got in tries if L - len(got) == gone)
+        gone, found = round(level * L), []
+        for group in (2, 3, 4):
+            tries = ((t / 100, collapse(L, gone, t / 100, score, last, group)) for t in range(95, -101, -5))
+            found += [(score(got), t, group, got) for t, got in tries if L - len(got) == gone][:1]
+        cosine, threshold, group, layers = max(found)
         new = {n: t for n, t in tensors.items() if not n.startswith("model.layers.")}
         for i, layer in enumerate(layers):
             new |= {f"model.layers.{i}.{n}": combine(layer, lambda j: tensors[f"model.layers.{j}.{n}"]) for n in names}
         yield level, (new, {"num_hidden_layers": len(layers), "layer_types": None}), {
-            "form": "last layer of the group" if last else "sum of differences", "threshold": threshold, "cosine": score(layers), "layers": layers}
+            "form": "last layer of the group" if last else "sum of differences", "group": group, "threshold": threshold, "cosine": cosine, "layers": layers}
 
 
 @torch.inference_mode()
 def principal_bases(model, groups, k):
-    """The first k principal directions (d, k), float64, of what enters each norm (scaled to unit RMS), 2 * n_layer + 1 of them in the order
-    of the pass; what comes after each sees the states cut to them, as in the sliced model."""
-    d, bases = model.config.hidden_size, []
+    """The first k principal directions (d, k), float64, of the residual before each norm, 2 * n_layer + 1 of them in the order of the pass;
+    what comes after each sees the states cut to them, as in the sliced model. (Of the norms' outputs they measured worse.)"""
+    bases = []
     model.use()
     passes = [model.begin_samples(g) for g in groups]
     for block, part in [*((b, part) for b in model.blocks for part in ("attention", "mlp")), (None, None)]:
-        q = torch.linalg.eigh(sum(u.T @ u for u in (F.rms_norm(p.x.double(), (d,)) for p in passes)))[1].flip(1)[:, :k]
+        q = torch.linalg.eigh(sum(p.x.double().T @ p.x.double() for p in passes))[1].flip(1)[:, :k]
         bases.append(q.cpu())
         if block:
             cut = [p.next(x=(p.x.double() @ q @ q.T).to(p.x.dtype)) for p in passes]
@@ -256,46 +259,52 @@ def slicegpt(model, samples, levels, tensors):
 
 
 def importance(model, samples, folder):
-    """|gradient x weight| of the mean next-token loss, by transformers' own model -> {Hugging Face name: tensor}."""
+    """Sum over the samples of |gradient x weight| of the next-token loss, by transformers' own model -> {Hugging Face name: tensor}.
+    LLM-Pruner adds the gradients first; texts that cancel made that worse here (perplexity 454 against 295)."""
     from transformers import AutoModelForCausalLM
     hf = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(model.device)
+    weights = {n: q for n, q in hf.named_parameters() if "_proj.weight" in n}
+    total = {n: torch.zeros_like(q, requires_grad=False) for n, q in weights.items()}
     for a, b in bar(samples, desc="gradients", unit="sample"):
         ids = torch.tensor([a + b], device=model.device)
-        (hf(ids, labels=ids).loss / len(samples)).backward()
-    return {n: (q.grad * q.detach()).abs().cpu() for n, q in hf.named_parameters() if ".layers." in n}
+        for n, g in zip(weights, torch.autograd.grad(hf(ids, labels=ids).loss, list(weights.values()))):
+            total[n] += (g * weights[n].detach()).abs()
+    return {n: t.cpu() for n, t in total.items()}
 
 
-def narrow(config, tensors, taylor, groups, channels):
-    """Keep the most important K/V groups (with their queries) and MLP channels of each block -> tensors."""
-    c, new = config, dict(tensors)
-    D, per = c.head_dim, c.n_head // c.n_kv_head
-    best = lambda score, n: score.topk(n).indices.sort().values
-    rows = lambda heads, size: (heads[:, None] * size + torch.arange(size)).flatten()
-    for l in range(c.n_layer):
-        at, attn, mlp = f"model.layers.{l}.", f"model.layers.{l}.self_attn.", f"model.layers.{l}.mlp."
-        score = (sum(taylor[f"{attn}{n}_proj.weight"].sum(1).view(c.n_kv_head, -1).sum(1) for n in "qkv")
-                 + taylor[f"{attn}o_proj.weight"].sum(0).view(c.n_kv_head, -1).sum(1))
-        kv = best(score, groups)
-        ch = best(taylor[f"{mlp}gate_proj.weight"].sum(1) + taylor[f"{mlp}up_proj.weight"].sum(1) + taylor[f"{mlp}down_proj.weight"].sum(0), channels)
-        q, kv = rows(kv, per * D), rows(kv, D)
-        for name, index in (("q", q), ("k", kv), ("v", kv)):
+def narrow(config, tensors, taylor, widths):
+    """Keep the most important K/V heads (with their queries) and MLP channels of each block, widths[l] = (heads, channels). What goes becomes
+    zeros behind what stays, so that the folder is still a LLaMA to others; FTPModel leaves the zeros out."""
+    new = dict(tensors)
+    rank = lambda score, n: (score.sort(descending=True).indices, n)
+    def gather(name, order, n, size, dim):
+        rows = (order[:, None] * size + torch.arange(size)).flatten()
+        new[name] = new[name].index_select(dim, rows)
+        new[name].narrow(dim, n * size, (len(order) - n) * size).zero_()
+    for l, (heads, channels) in enumerate(widths):
+        attn, mlp = f"model.layers.{l}.self_attn.", f"model.layers.{l}.mlp."
+        by_head = lambda t: t.view(config.n_kv_head, -1).sum(1)
+        kv = rank(sum(by_head(taylor[f"{attn}{n}_proj.weight"].sum(int(n != "o"))) for n in "qkvo"), heads)
+        ch = rank(sum(taylor[f"{mlp}{n}_proj.weight"].sum(int(n != "down")) for n in ("gate", "up", "down")), channels)
+        for n in "qkv":
             for kind in ("weight", "bias"):
-                if (n := f"{attn}{name}_proj.{kind}") in new:
-                    new[n] = new[n][index]
-        new |= {n: new[n][ch] for n in (f"{mlp}gate_proj.weight", f"{mlp}up_proj.weight")}
-        new |= {n: new[n][:, i].contiguous() for n, i in ((f"{attn}o_proj.weight", q), (f"{at}mlp.down_proj.weight", ch))}
+                if f"{attn}{n}_proj.{kind}" in new:
+                    gather(f"{attn}{n}_proj.{kind}", *kv, config.head_dim * (config.n_head // config.n_kv_head if n == "q" else 1), 0)
+        gather(f"{attn}o_proj.weight", *kv, config.head_dim * config.n_head // config.n_kv_head, 1)
+        for n in ("gate", "up", "down"):
+            gather(f"{mlp}{n}_proj.weight", *ch, 1, int(n == "down"))
     return new
 
 
-def width(model, samples, levels, tensors, folder):
+def width(model, samples, levels, tensors, folder, kv_heads=0):
+    """The first and the last block stay whole, as LLM-Pruner keeps its ends; the others lose kv_heads K/V heads, the rest in channels."""
     c, dense, taylor = model.config, prompt_flops(model.config, samples), importance(model, samples, folder)
+    check(kv_heads < c.n_kv_head, f"--kv_heads {kv_heads}: must leave one of {c.n_kv_head}")
+    whole, heads = [(c.n_kv_head, c.intermediate_size)], c.n_kv_head - kv_heads
+    widths = lambda n: whole + [(heads, n)] * (c.n_layer - 2) + whole
     for level in levels:
-        groups = max(1, c.n_kv_head - round(level * c.n_kv_head))
-        size = lambda n: replace(c, n_kv_head=groups, n_head=groups * (c.n_head // c.n_kv_head), intermediate_size=n)
-        n = nearest(level, range(8, c.intermediate_size + 1, 8), lambda n: prompt_flops(size(n), samples), dense)
-        yield level, (narrow(c, tensors, taylor, groups, n), {
-            "num_attention_heads": size(n).n_head, "num_key_value_heads": groups, "head_dim": c.head_dim, "intermediate_size": n}), {
-            "kv_groups": groups, "mlp_channels": n}
+        n = nearest(level, range(8, c.intermediate_size + 1, 8), lambda n: prompt_flops(replace(c, widths=widths(n)), samples), dense)
+        yield level, (narrow(c, tensors, taylor, widths(n)), {"widths": widths(n)}), {"kv_heads": heads, "mlp_channels": n}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -347,6 +356,7 @@ def main():
     p.add_argument("--nsamples", type=int, default=32, help="calibration samples")
     p.add_argument("--max_prompt", type=int, default=512, help="longest prompt taken, tokens")
     p.add_argument("--max_response", type=int, default=64, help="response tokens used")
+    p.add_argument("--kv_heads", type=int, default=0, help="K/V heads (with their queries) that width takes from a block beside the channels")
     p.add_argument("--resume", action="store_true", help="go on with an interrupted blockpruner")
     args = p.parse_args()
     try:
@@ -366,7 +376,7 @@ def main():
     how = {"shortgpt": shortgpt, "lazyllm": lazyllm,
            "blockpruner": lambda *a: blockpruner(*a, out / "blockpruner_state.json", args.resume, settings),
            "laco": lambda *a: laco(*a, tensors), "laco_last": lambda *a: laco(*a, tensors, last=True),
-           "slicegpt": lambda *a: slicegpt(*a, tensors), "width": lambda *a: width(*a, tensors, source)}
+           "slicegpt": lambda *a: slicegpt(*a, tensors), "width": lambda *a: width(*a, tensors, source, args.kv_heads)}
     for method in methods:
         t = time.time()
         for level, made, notes in how[method](model, samples, levels):

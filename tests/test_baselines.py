@@ -256,34 +256,57 @@ def test_slicegpt_equals_projections_of_the_dense_model(folder, tmp_path):
     want = sum(6 * (linear * t + 4 * 32 * t * (t + 1) / 2) for t in T)
     assert saved == pytest.approx(1 - want / B.prompt_flops(c, samples))
     # what is kept of the variance is the most that k directions can keep
-    x = torch.cat([torch.nn.functional.rms_norm(model.embed.weight[a + b].double(), (32,)) for a, b in samples])
+    x = torch.cat([model.embed.weight[a + b].double() for a, b in samples])
     assert ((x @ bases[0]) ** 2).sum() == pytest.approx(float(torch.linalg.svdvals(x)[:k].square().sum()))
 
 
-def test_width_pruning_of_dead_parts_loses_nothing(tmp_path):
+@pytest.mark.parametrize("shape", ["gqa", "qwen2"])
+def test_width_pruning_of_dead_parts_loses_nothing(tmp_path, shape):
     from transformers import AutoModelForCausalLM
-    hf, gone = make_hf("gqa"), [3, 11, 12, 30, 31, 40, 41, 47]
+    hf, gone, per = make_hf(shape), [3, 11, 12, 30, 31, 40, 41, 47], {"gqa": 2, "qwen2": 1}[shape]
     for i, layer in enumerate(hf.model.layers):
         layer.mlp.down_proj.weight.data[:, gone] = 0
         layer.mlp.up_proj.weight.data[gone] = 0
-        layer.self_attn.o_proj.weight.data[:, (i % 2) * 16:(i % 2) * 16 + 16] = 0  # one K/V group's two heads
+        layer.self_attn.o_proj.weight.data[:, (i % 2) * 8 * per:(i % 2) * 8 * per + 8 * per] = 0  # the queries of one K/V head
         layer.self_attn.v_proj.weight.data[(i % 2) * 8:(i % 2) * 8 + 8] = 0
     hf.save_pretrained(tmp_path / "hf")
     model, samples, ids = FTPModel.from_pretrained(tmp_path / "hf"), sample_texts(), torch.tensor([tokens(25, 9)])
-    tensors, taylor = B.read_tensors(tmp_path / "hf"), B.importance(model, samples, tmp_path / "hf")
-    made = B.narrow(model.config, tensors, taylor, 1, 40)
-    changes = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "intermediate_size": 40}
-    saved = B.write_folder(tmp_path / "hf", tmp_path / "narrow", made, changes, {"fingerprint": model.fingerprint}, model, samples)
+    tensors, taylor, n = B.read_tensors(tmp_path / "hf"), B.importance(model, samples, tmp_path / "hf"), model.config.n_kv_head
+    widths = [(n, 48), *[(n - 1, 40)] * 5]
+    saved = B.write_folder(tmp_path / "hf", tmp_path / "narrow", B.narrow(model.config, tensors, taylor, widths), {"widths": widths},
+                           {"fingerprint": model.fingerprint}, model, samples)
     narrow = FTPModel.from_pretrained(tmp_path / "narrow")
     torch.testing.assert_close(narrow(ids), model(ids), atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(AutoModelForCausalLM.from_pretrained(tmp_path / "narrow")(ids).logits, model(ids), atol=1e-4, rtol=1e-4)
-    c = narrow.config
-    assert (c.n_head, c.n_kv_head, c.intermediate_size) == (2, 1, 40)
-    assert saved == pytest.approx(1 - B.prompt_flops(c, samples) / B.prompt_flops(model.config, samples)) and 0.2 < saved < 0.4
-    # by hand: the gradient of the mean loss times the weight, of one matrix
-    w = hf.model.layers[2].mlp.gate_proj.weight
-    sum(hf(i, labels=i).loss / len(samples) for i in (torch.tensor([a + b]) for a, b in samples)).backward()
-    torch.testing.assert_close(taylor["model.layers.2.mlp.gate_proj.weight"], (w.grad * w).abs().detach())
+    sizes = [(b.c.n_head, b.c.n_kv_head, *b.down.weight.shape[::-1]) for b in narrow.blocks]
+    assert sizes == [(4, n, 48, 32)] + [((n - 1) * per, n - 1, 40, 32)] * 5 and saved > 0.15
+    of_block = lambda heads, kv, ch, T: 2 * T * 32 * (8 * 2 * (heads + kv) + 3 * ch) + 4 * heads * 8 * T * (T + 1) / 2
+    want, dense = (sum(of_block(h, kv, ch, len(a)) for h, kv, ch, _ in s for a, _ in samples) for s in (sizes, sizes[:1] * 6))
+    assert saved == pytest.approx(1 - want / dense)
+    # a cache of uneven blocks
+    cache = narrow.new_cache(1)
+    narrow.extend([ids[0, :20].tolist()], cache, prompt=True)
+    step = [narrow.extend([[t]], cache) for t in ids[0, 20:].tolist()]
+    torch.testing.assert_close(torch.cat(step), model(ids)[0, 20:], atol=1e-4, rtol=1e-4)
+    assert cache.bytes()[0] == 25 * 2 * 8 * 4 * (n + 5 * (n - 1))
+    # by hand: the gradient of each loss times the weight, of one matrix
+    w, want = hf.model.layers[2].mlp.gate_proj.weight, 0
+    for ids in (torch.tensor([a + b]) for a, b in samples):
+        want = want + (torch.autograd.grad(hf(ids, labels=ids).loss, w)[0] * w).abs()
+    torch.testing.assert_close(taylor["model.layers.2.mlp.gate_proj.weight"], want.detach())
+
+
+def test_width_keeps_the_ends(tmp_path, folder):
+    path, _ = folder("tied")
+    model, samples = FTPModel.from_pretrained(path), sample_texts()
+    for kv_heads in (0, 1):
+        (level, (tensors, changes), notes), = B.width(model, samples, [0.3], B.read_tensors(path), path, kv_heads)
+        w = changes["widths"]
+        assert w[0] == w[-1] == (2, 48) and set(w[1:-1]) == {(2 - kv_heads, notes["mlp_channels"])}
+        cut = B.replace(model.config, widths=w)
+        assert abs(1 - B.prompt_flops(cut, samples) / B.prompt_flops(model.config, samples) - 0.3) < 0.04
+        zero = (tensors["model.layers.2.mlp.up_proj.weight"] == 0).all(1)
+        assert int(zero.sum()) == 48 - notes["mlp_channels"] and zero[notes["mlp_channels"]:].all()
 
 
 # ------------------------------------------------------------------------------------------------
