@@ -196,10 +196,10 @@ def test_laco_merges(tiny):
 
 def test_laco_walks_from_the_top_while_it_stays_similar():
     turns = itertools.cycle((0.1, 0.9))  # every second candidate is accepted
-    layers = B.collapse(12, 5, 0.5, lambda _: next(turns), True, group=3)
+    layers = B.collapse(12, 5, 0.5, lambda _: next(turns), True, 3)
     # 9 no; 8 takes 9, 10; two down, 6 no; 5 takes 6, 7; 3 no; 2 takes 3, the last one that has to go
     assert [i for (i, _), in layers] == [0, 1, 3, 4, 7, 10, 11]
-    assert len(B.collapse(12, 5, 1.0, lambda _: 0.9, True, group=3)) == 12
+    assert len(B.collapse(12, 5, 1.0, lambda _: 0.9, True, 3)) == 12
 
 
 def test_laco_similarity_is_that_of_the_written_model(folder, tmp_path):
