@@ -1,7 +1,7 @@
 """Speed and memory: prefill (TTFT) and decode (TPOT) apart, dense / routed / Hugging Face transformers interleaved.
 
     python benchmark.py --schedule out/schedule_ft.json --router out/router.safetensors    # -> out/bench.json, a table
-    python benchmark.py --lengths 512,1024,2048,4096 --batch_sizes 1,8 --dtype bfloat16 --peers
+    python benchmark.py --lengths 512,1024,2048,4096 --batch_sizes 1,8 --dtype bfloat16 --peers --peer laco=out/baselines/laco_0.30
     python benchmark.py --synthetic llama2-7b --sparsity 0.30 --device cuda                # random weights of that shape
     python benchmark.py --memory --dtype bfloat16 --lengths 4096 --sparsity 0.30           # what 7B, 13B and 70B models need
     python benchmark.py --synthetic llama2-7b --dtype bfloat16 --save out/llama2-7b        # the same as a sharded checkpoint, 13.5 GB
@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from common import Parser, check, pick_dtype, routing_of, run, start
+from common import Parser, check, load_peers, peer_model, pick_dtype, routing_of, run, start
 from model_ftp import Config, FTPModel, Router, Schedule, find_model, hf_parts, save_json
 
 SHAPES = {  # vocab, hidden, intermediate, blocks, heads, kv heads, head_dim, tied
@@ -127,17 +127,17 @@ class Ours:
 
     def bounds(self, T, decoded):
         """FLOPs of dense over FLOPs of this setting, for prefill and for one decoded token at its realised sparsity."""
-        c, n = self.model.config, self.model.config.n_layer
+        c, n, base = self.model.config, self.model.config.n_layer, self.model.base
         s = self.schedule.sparsity if self.schedule else [0.0] * n
         forecaster = self.routing.get("forecaster")
-        prefill = c.prefill_flops(T, [0.0] * n) / c.prefill_flops(T, s, self.routing.get("kv", "drop"), self.router, self.model.score_window,
-                                                                  forecast_rank=forecaster and forecaster.rank)
+        prefill = base.prefill_flops(T, [0.0] * base.n_layer) / c.prefill_flops(T, s, self.routing.get("kv", "drop"), self.router, self.model.score_window,
+                                                                  forecast_rank=forecaster and forecaster.rank,
+                                                                  parts=self.schedule and self.schedule.parts)
         st = self.model.stats
         if not decoded:
             return prefill, None
         tokens = st.total["decode"]
-        head = c.head_flops(tokens)
-        return prefill, (st.dense_flops["decode"] + head) / (st.used("decode") + head)
+        return prefill, (st.dense_flops["decode"] + base.head_flops(tokens)) / (st.used("decode") + c.head_flops(tokens))
 
 
 class Transformers:
@@ -213,7 +213,7 @@ def router_share(variant, T, vocab):
 
 
 def main():
-    p = Parser(__doc__).common(dtype="float32").routing()
+    p = Parser(__doc__).common(dtype="float32").routing().peers()
     p.add_argument("--schedule", default=None, help="schedule; without one, a uniform schedule of --sparsity")
     p.add_argument("--router", default=None, help="trained router; without one, the static router (random weights with --synthetic)")
     p.add_argument("--sparsity", default="0.30", help="comma list of uniform sparsities where no --schedule is given")
@@ -248,6 +248,7 @@ def main():
         return print_memory(lengths, batch_sizes, sparsities, pick_dtype(args.dtype, args.device)[0], args.kv)
     schedule = Schedule.load(args.schedule) if args.schedule else None
     router = Router.load(args.router) if args.router else None
+    peers = load_peers(args)
     check(router is None or schedule, "--router: it needs the --schedule it was trained with")
     model, config = start(args, (lambda dtype, device: synthetic(args.synthetic, dtype, device)) if args.synthetic else None)
     if args.compile:
@@ -268,6 +269,8 @@ def main():
         for s in [schedule.mean] if schedule else sparsities:
             gone = round(s * n)
             variants[f"removal {gone}/{n}"] = Ours(model, Schedule([0.0] * (n - 1 - gone) + [1.0] * gone + [0.0], model.fingerprint))
+    for name, (folder, s, r, how) in peers.items():
+        variants[name] = Ours(peer_model(folder, model), s, r, **how)
     if not args.no_hf and not args.synthetic:
         variants["transformers"] = Transformers(find_model(args.model), model.dtype, device)
     rows = []

@@ -3,6 +3,7 @@ import argparse
 import ctypes
 import datetime
 import functools
+import hashlib
 import os
 import platform
 import random
@@ -17,7 +18,7 @@ import torch.distributed as dist
 import transformers
 from tqdm import tqdm
 
-from model_ftp import Forecaster, FTPError, FTPModel, batches
+from model_ftp import SELECTIONS, Forecaster, FTPError, FTPModel, Router, Schedule, batches, check_fingerprint, load_json
 
 
 class Parser(argparse.ArgumentParser):
@@ -47,6 +48,15 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--kv", default="drop", choices=["drop", "keep"], help="K/V of skipped tokens")
         self.add_argument("--one_pass", action="store_true", help="decide all blocks from the scores of block 0")
         self.add_argument("--forecaster", default=None, help="forecast of skipped tokens (fit_forecaster.py), best with --kv keep")
+        self.add_argument("--removal", default="whole", choices=["whole", "prompt"],
+                          help="blocks and sub-blocks that a schedule removes: absent for all tokens, or for prompts alone")
+        return self
+
+    def peers(self):
+        """Pruned models to compare with, as made by analysis/baselines.py."""
+        self.add_argument("--peer", action="append", default=[], metavar="NAME=PATH[+ROUTER]",
+                          help="another pruned model: a schedule (and a router file, random, attention or progressive), or a model folder; may be "
+                               "repeated. A schedule that removes blocks gives NAME, and NAME_prompt where they are removed for prompts alone")
         return self
 
 
@@ -57,7 +67,47 @@ def load_forecaster(path):
 
 def routing_of(args, learned=True):
     """The routing() flags as keywords of FTPModel.use(); only a trained router can decide by argmax."""
-    return dict(prefill=args.prefill if learned else "topk", kv=args.kv, one_pass=args.one_pass, forecaster=load_forecaster(args.forecaster))
+    return dict(prefill=args.prefill if learned else "topk", kv=args.kv, one_pass=args.one_pass, forecaster=load_forecaster(args.forecaster),
+                removal=args.removal)
+
+
+def load_peers(args):
+    """--peer flags -> {name: (folder or None, Schedule or None, router, keywords of FTPModel.use())}."""
+    peers = {}
+    for spec in args.peer:
+        name, _, path = spec.partition("=")
+        path, _, router = path.partition("+")
+        check(name and path and Path(path).exists(), f"--peer {spec}: give NAME=PATH, of a schedule or a model folder that exists")
+        if Path(path).is_dir():
+            peers[name] = path, None, "static", {}
+            continue
+        schedule, router = Schedule.load(path), router or "static"
+        router = router if router in SELECTIONS else Router.load(router)
+        for removal in ("whole", "prompt") if schedule.removes else ("whole",):
+            peers[name + "_prompt" * (removal == "prompt")] = None, schedule, router, routing_of(args, isinstance(router, Router)) | {"removal": removal}
+    return peers
+
+
+def peer_model(folder, model):
+    """The pruned model in a folder, its saved FLOPs counted against those of `model`; `model` itself without a folder."""
+    if folder is None:
+        return model
+    pruned = FTPModel.from_pretrained(folder, dtype=model.dtype, device=model.device)
+    made = load_json(Path(folder) / "pruned.json", "ftp-pruned-1", "--peer")
+    check_fingerprint(made.get("fingerprint"), model.fingerprint, f"--peer: {folder}")
+    pruned.base = model.config
+    return pruned
+
+
+def peer_id(folder, schedule, router, routing):
+    """What tells a peer's artefacts from others."""
+    if folder is None:
+        return [schedule.id, router.id if isinstance(router, Router) else router, routing["removal"]]
+    h = hashlib.sha256()
+    for file in sorted(Path(folder).glob("*.safetensors")):
+        with open(file, "rb") as f:
+            h.update(hashlib.file_digest(f, "sha256").digest())
+    return [h.hexdigest()[:12]]
 
 
 # ------------------------------------------------------------------------------------------------

@@ -4,12 +4,14 @@
     python evaluate.py --tasks arc_easy,hellaswag,mmlu --limit 500 --rows static,ftp,ftp_decode   # by datasets ids
     python evaluate.py --tasks mine=items.jsonl --text book.txt --protocol joint
     python evaluate.py --tasks arc_easy,piqa,lambada --floor --text Salesforce/wikitext:wikitext-2-raw-v1:test --nwindows 0
+    python evaluate.py --rows static,ftp --peer shortgpt=out/baselines/shortgpt_0.30.json --peer laco=out/baselines/laco_0.30
     torchrun --nproc_per_node 8 evaluate.py --tasks hellaswag,mmlu                                # the items spread over 8 GPUs
 
 Rows: dense (always), uniform (static router, uniform schedule of the same mean), static (static router, --schedule), random and
 attention (other selections), ftp (--router; the prompt is routed, decoding is dense), ftp_decode (decoded tokens skip too, by
-threshold), rule (the paper's decode rule). Protocol causal: a context is routed as a prompt, the scored text runs as decoded
-tokens. joint (the paper's): context and continuation are routed together, which no generation can reproduce.
+threshold), rule (the paper's decode rule), and those of each --peer (made by analysis/baselines.py). Protocol causal: a context is
+routed as a prompt, the scored text runs as decoded tokens. joint (the paper's): context and continuation are routed together, which no
+generation can reproduce.
 
 Perplexity is the field's: WikiText-2 raw, its rows joined by blank lines, tokenised once without a start token, cut in windows that do not
 overlap, exp of the mean loss of all scored tokens. A window's first --context tokens are the prompt (routed), the --scored ones after it run
@@ -26,7 +28,7 @@ from pathlib import Path
 
 import torch
 
-from common import Parser, bar, check, gather, rank, routing_of, run, shard, share_stats, spread_states, start, unshard
+from common import Parser, bar, check, gather, load_peers, peer_id, peer_model, rank, routing_of, run, shard, share_stats, spread_states, start, unshard
 from data import encode, encode_pair, load_samples, load_task, load_text, load_tokenizer, standard_error, windows
 from model_ftp import Router, Schedule, Stats, batches, by_sample, kl_divergence, load_json, save_json
 
@@ -192,7 +194,7 @@ def evaluate_row(model, tokenizer, name, args, tasks, texts, samples, dense):
     for (_, states, owner), (_, teacher, _) in zip(spread, spread if dense is None else dense["states"]):
         kl, same = [], []
         for a, b in zip(teacher.split(512), states.split(512)):
-            za, zb = model.logits(a), model.logits(b)
+            za, zb = (dense["model"] if dense else model).logits(a), model.logits(b)
             kl.append(kl_divergence(za, zb))
             same.append((za.argmax(-1) == zb.argmax(-1)).float().cpu())
         found.append((by_sample(torch.cat(kl), owner), torch.cat(same)))
@@ -250,7 +252,7 @@ def paired(a, b):
 
 
 def main():
-    p = Parser(__doc__).common(dtype="float32").routing()
+    p = Parser(__doc__).common(dtype="float32").routing().peers()
     p.add_argument("--schedule", default="out/schedule_ft.json", help="schedule of stage 1 or 3")
     p.add_argument("--router", default="out/router.safetensors", help="router of stage 2")
     p.add_argument("--rows", default="uniform,static,ftp,ftp_decode", help=f"comma list of {','.join(ROWS)}")
@@ -275,11 +277,15 @@ def main():
     tasks = dict(load_task(t, args.limit) for t in args.tasks.split(",") if t)
     schedule = Schedule.load(args.schedule) if any(ROWS[n][0] for n in names) else None
     router = Router.load(args.router) if any(ROWS[n][1] == "given" for n in names) else None
+    peers = load_peers(args)
+    check(not set(peers) & set(ROWS), f"--peer: {', '.join(set(peers) & set(ROWS))} is a row's name already; give another")
     model, config = start(args)
-    made_by = lambda n: [schedule.id if ROWS[n][0] else None, router.id if ROWS[n][1] == "given" else None]
+    made_by = lambda n: peer_id(*peers[n]) if n in peers else [schedule.id if ROWS[n][0] else None, router.id if ROWS[n][1] == "given" else None]
     for n in names:  # refuse artefacts of another model before the long work
         r = router if ROWS[n][1] == "given" else "static"
         model.use(schedule, r, **routing_of(args, isinstance(r, Router)))
+    for _, s, r, routing in peers.values():
+        model.use(s, r, **routing)
     tokenizer = load_tokenizer(args.model)
     samples = load_samples(args.data, model, tokenizer, "heldout", args.nsamples, max_response=args.max_response)
     texts = {}
@@ -289,23 +295,27 @@ def main():
     rows, dense, out, done = [], None, f"{args.out_dir}/eval.json", {}
     if args.resume and Path(out).exists():
         old = load_json(out, "ftp-eval-1", "--resume")
-        same = lambda c: {k: v for k, v in c["settings"].items() if k not in ("resume", "rows", "threads")} | {"commit": c["commit"]}
+        same = lambda c: {k: v for k, v in c["settings"].items() if k not in ("resume", "rows", "peer", "threads")} | {"commit": c["commit"]}
         done = {r["name"]: r for r in old["rows"]} if same(old["config"]) == same(config) else {}
-    for name in ["dense", *names]:
+    for name in ["dense", *names, *peers]:
         if name != "dense" and done.get(name, {}).get("artefacts") == made_by(name):  # the dense row runs again: the others are compared with its states
             rows.append(done[name])
             continue
-        which, chosen, decode = ROWS[name]
-        s = {"uniform": schedule and Schedule.uniform(model, schedule.mean), "given": schedule}.get(which)
-        r = router if chosen == "given" else chosen
-        routing = (routing_of(args, isinstance(r, Router)) if s else {}) | {"seed": args.seed}
-        model.use(s, r, **routing)
+        which, chosen, decode = ROWS.get(name, (None, None, "dense"))
+        if name in peers:
+            folder, s, r, routing = peers[name]
+        else:
+            folder, s = None, {"uniform": schedule and Schedule.uniform(model, schedule.mean), "given": schedule}.get(which)
+            r = router if chosen == "given" else chosen
+            routing = routing_of(args, isinstance(r, Router)) if s else {}
+        routing |= {"seed": args.seed}
+        runner = peer_model(folder, model).use(s, r, **routing)
         if decode == "threshold" and (args.decode_sparsity is not None or not model.thresholds):
             model.calibrate_decode(load_samples(args.data, model, tokenizer, "train", 64, max_response=args.max_response), args.decode_sparsity)
         elif decode != "dense":
             model.use(s, r, decode=decode, **routing)
-        row, states = evaluate_row(model, tokenizer, name, args, tasks, texts, samples, dense)
-        dense = dense or {"row": row, "states": states}
+        row, states = evaluate_row(runner, tokenizer, name, args, tasks, texts, samples, dense)
+        dense = dense or {"row": row, "states": states, "model": model}
         rows.append(row | {"artefacts": made_by(name)})
         if rank() == 0:
             save_json(out, {"format": "ftp-eval-1", "config": config, "rows": rows})

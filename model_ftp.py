@@ -16,7 +16,7 @@ import os
 import re
 import shutil
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import accumulate, groupby, pairwise
 from pathlib import Path
 
@@ -32,6 +32,7 @@ FACTORS = ("position", "score", "rank", "sparsity")  # the paper's four inputs o
 INPUTS = {"position": 3, "place": 1, "score": 1, "rank": 1, "sparsity": 1, "forecast": 1}  # numbers each enters with; "hidden" has hidden_size
 PICKLED = ("; pickled weights are not read, as reading them can run code: convert them once, in a place you trust it, by python -c \"from transformers "
            "import AutoModelForCausalLM as M, AutoTokenizer as T; [X.from_pretrained('OLD').save_pretrained('NEW') for X in (M, T)]\"")
+SELECTIONS = ("static", "random", "attention", "progressive")  # routers that need no training
 NEAR = 64  # tokens within which the absolute distance to a prompt's start and end is told apart
 
 
@@ -106,13 +107,16 @@ class Config:
     eos: tuple = ()
     qk_norm: bool = False                             # Qwen3: queries and keys are normalised, head by head, before rotary
     nope: tuple = ()                                  # SmolLM3: blocks without rotary embedding
+    shortcut: bool = False                            # a matrix on every residual (SliceGPT)
+    widths: list | None = None                        # (K/V heads, MLP channels) of each block, where they differ
     FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3")  # model_type; Qwen1.5 and Qwen2.5 say qwen2, SmolLM2 says llama
 
     @classmethod
     def from_hf(cls, c, source="--model", generation=None):
         """Config from the dict `c` of a config.json; the end tokens of `generation`, the dict of a generation_config.json, are added.
         FTPError names any feature this model file lacks."""
-        kind = c.get("model_type")
+        sliced = c.get("model_type") == "slicegpt"
+        kind = c.get("sliced_from") if sliced else c.get("model_type")
         if kind not in cls.FAMILIES:
             raise FTPError(f"{source}: model_type {kind!r} is not supported; use a model whose model_type is one of {', '.join(cls.FAMILIES)}")
         rope = dict(c.get("rope_parameters") or c.get("rope_scaling") or {})
@@ -140,9 +144,16 @@ class Config:
                        rope if rope_type == "llama3" else None, kind == "qwen2",
                        bool(c.get("tie_word_embeddings", kind == "smollm3")), max_len,
                        tuple(sorted({t for e in ends for t in (e if isinstance(e, list) else [e])})),
-                       kind == "qwen3", tuple(l for l in range(n) if not rotary[l]) if kind == "smollm3" else ())
+                       kind == "qwen3", tuple(l for l in range(n) if not rotary[l]) if kind == "smollm3" else (), sliced, c.get("widths"))
         except KeyError as e:
             raise FTPError(f"{source}: config.json has no {e}; give a complete LLaMA-family folder") from None
+
+    def block(self, l):
+        """The config of block l."""
+        if not self.widths:
+            return self
+        kv, mlp = self.widths[l]
+        return replace(self, n_head=kv * (self.n_head // self.n_kv_head), n_kv_head=kv, intermediate_size=mlp, widths=None)
 
     @property
     def parameters(self):
@@ -153,8 +164,8 @@ class Config:
 
     @property
     def p_attn(self):
-        """Parameters of a block's q, k, v and o maps."""
-        return self.hidden_size * self.head_dim * 2 * (self.n_head + self.n_kv_head)
+        """Parameters of a block's q, k, v and o maps, and of the residual's where it has one."""
+        return self.hidden_size * (self.head_dim * 2 * (self.n_head + self.n_kv_head) + self.shortcut * self.hidden_size)
 
     @property
     def p_kv(self):
@@ -163,12 +174,13 @@ class Config:
 
     @property
     def p_mlp(self):
-        return 3 * self.hidden_size * self.intermediate_size
+        return self.hidden_size * (3 * self.intermediate_size + self.shortcut * self.hidden_size)
 
-    def block_flops(self, tokens, pairs, kv_only=0):
-        """FLOPs of one block: `tokens` computed, `pairs` query-key pairs attended, `kv_only` tokens with K/V alone."""
-        return (2 * (self.p_attn + self.p_mlp) * tokens + 4 * self.n_head * self.head_dim * pairs
-                + 2 * self.p_kv * kv_only)
+    def block_flops(self, tokens, pairs, kv_only=0, mlp_tokens=None):
+        """FLOPs of one block: `tokens` computed, `pairs` query-key pairs attended, `kv_only` tokens with K/V alone; mlp_tokens: those
+        that run the MLP, where they are not those that run the attention."""
+        return (2 * self.p_attn * tokens + 2 * self.p_mlp * (tokens if mlp_tokens is None else mlp_tokens)
+                + 4 * self.n_head * self.head_dim * pairs + 2 * self.p_kv * kv_only)
 
     def score_flops(self, window, keys):
         """FLOPs of the attention scores of one block: `window` queries against `keys` keys."""
@@ -201,26 +213,29 @@ class Config:
             peak, largest = max(peak, stored + held), max(largest, held)
         return {k: v * itemsize for k, v in (("weights", self.parameters), ("kv", stored), ("activations", largest), ("total", self.parameters + peak))}
 
-    def prefill_flops(self, T, sparsity, kv="drop", router=None, window=16, head=1, forecast_rank=None):
+    def prefill_flops(self, T, sparsity, kv="drop", router=None, window=16, head=1, forecast_rank=None, parts=None):
         """FLOPs of the prefill of one prompt of T tokens under a list of sparsities (method section 7).
 
         `router` adds its MLP and the scores (`window` queries a block); `head` counts the positions that get logits.
-        forecast_rank: rank of the forecaster, if one is in use.
+        forecast_rank: rank of the forecaster, if one is in use. parts: as in Schedule.
         """
         total = self.head_flops(head)
         for l, s in enumerate(sparsity):
-            k = quota(T, s)
-            if kv == "keep" and 0 < s:  # kept queries see every earlier key; which ones are kept is the static order
+            k, c = quota(T, s), self.block(l)
+            if parts and parts[l] != "both":
+                attend = k * (parts[l] == "attention")
+                total += c.block_flops(attend, attend * (attend + 1) / 2, mlp_tokens=k - attend)
+            elif kv == "keep" and 0 < s:  # kept queries see every earlier key; which ones are kept is the static order
                 pairs = sum(range(T - k + 2, T + 1)) + 1 if k else 0
-                total += self.block_flops(k, pairs, T - k)
+                total += c.block_flops(k, pairs, T - k)
             else:
-                total += self.block_flops(k, k * (k + 1) / 2)
+                total += c.block_flops(k, k * (k + 1) / 2)
             if router is not None and 0 < s < 1:
                 total += router.flops(T)
             if forecast_rank and 0 < s < 1:
                 total += self.forecast_flops(forecast_rank, T)
             if router is not None and {"score", "rank"} & set(router.inputs) and any(0 < v < 1 for v in sparsity[l + 1:]):
-                total += self.score_flops(min(window, k), k)
+                total += c.score_flops(min(window, k), k)
         return total
 
 
@@ -237,13 +252,14 @@ class Schedule:
     """One sparsity per block, the share of tokens that skip it; 1 removes the block, block 0 is 0 (or 1).
 
     decode_threshold, if any, holds the router margin below which a decoded token skips block l; it is only valid
-    with the router whose id it carries.
+    with the router whose id it carries. parts, if any, says of each block what is left of it: "both" sub-blocks, "attention" or "mlp".
     """
     sparsity: list
     fingerprint: dict
     decode_threshold: list | None = None
     router_id: str | None = None
     meta: dict = field(default_factory=dict)
+    parts: list | None = None
 
     def __post_init__(self):
         s = self.sparsity
@@ -254,6 +270,9 @@ class Schedule:
         t = self.decode_threshold
         if t is not None and not (isinstance(t, list) and len(t) == len(s) and all(isinstance(v, (int, float)) for v in t)):
             raise FTPError("--schedule: decode_threshold must hold one number a block; make the schedule again")
+        t = self.parts
+        if t is not None and not (isinstance(t, list) and len(t) == len(s) and all(v in ("both", "attention", "mlp") for v in t)):
+            raise FTPError('--schedule: parts must hold "both", "attention" or "mlp" for each block; make the schedule again')
 
     @property
     def mean(self):
@@ -261,7 +280,12 @@ class Schedule:
 
     @property
     def id(self):
-        return hashlib.sha256(json.dumps([round(v, 6) for v in self.sparsity]).encode()).hexdigest()[:12]
+        return hashlib.sha256(json.dumps([round(v, 6) for v in self.sparsity] + (self.parts or [])).encode()).hexdigest()[:12]
+
+    @property
+    def removes(self):
+        """Whether it removes blocks or sub-blocks."""
+        return max(self.sparsity) >= 1 or any(v != "both" for v in self.parts or [])
 
     @classmethod
     def uniform(cls, model, sparsity):
@@ -276,7 +300,7 @@ class Schedule:
     def load(cls, path):
         o = load_json(path, "ftp-schedule-1", "--schedule")
         try:
-            return cls(o["sparsity"], o["fingerprint"], o.get("decode_threshold"), o.get("router_id"), o.get("meta", {}))
+            return cls(o["sparsity"], o["fingerprint"], o.get("decode_threshold"), o.get("router_id"), o.get("meta", {}), o.get("parts"))
         except KeyError as e:
             raise FTPError(f"--schedule: {path} has no {e}; make it again") from None
 
@@ -440,7 +464,7 @@ class KVCache:
         if need > have:
             cap = need + 32 if have == 0 else max(need + 32, have * 5 // 4)  # amortised growth
             for store in (self.k, self.v):
-                new = torch.zeros(self.rows, self.config.n_kv_head, cap, self.config.head_dim, dtype=self.dtype, device=k.device)
+                new = torch.zeros(self.rows, k.shape[1], cap, self.config.head_dim, dtype=self.dtype, device=k.device)
                 if have:
                     new[:, :, :have] = store[l]
                 store[l] = new
@@ -464,8 +488,9 @@ class KVCache:
 
     def bytes(self):
         """Bytes of the stored entries, (used, allocated)."""
-        item = self.config.kv_bytes(1, self.dtype.itemsize)
-        return int(self.len.sum()) * item, sum(k.shape[0] * k.shape[2] for k in self.k if k is not None) * item
+        item = [self.config.block(l).kv_bytes(1, self.dtype.itemsize) for l in range(self.config.n_layer)]
+        return (sum(n * i for n, i in zip(self.len.sum(1).tolist(), item)),
+                sum(k.shape[0] * k.shape[2] * i for k, i in zip(self.k, item) if k is not None))
 
 
 def even(slots, *lists):
@@ -509,6 +534,7 @@ class Pass:
         self.known = {}                               # what the blocks have in common: position factors, static keep sets
         self.memory = None                            # hidden layer of a recurrent router
         self.forecast = None                          # what Forecaster gives for the block to come
+        self.alive = torch.ones_like(self.in_set)         # tokens that progressive selection has not dropped yet
         self.trace = []                               # in training: (sparsity, router logits, Pass) a decision
 
     @property
@@ -547,6 +573,11 @@ class Keep:
     def __init__(self, p, rows, counts, set_counts, mask=None, gate=None):
         self.rows, self.counts, self.set_counts, self.mask, self.gate = rows, counts, set_counts, mask, gate
         self.rope = p.rope if rows is None else p.rope.index_select(1, rows)
+
+    def decoded(self, p):
+        """Those of them that are decoded tokens of the Pass."""
+        counts, mask = self.counts - self.set_counts, ~p.in_set if self.mask is None else self.mask & ~p.in_set
+        return Keep(p, torch.nonzero_static(mask, size=int(counts.sum()))[:, 0], counts, np.zeros_like(counts), mask)
 
 
 def routing_span():
@@ -636,6 +667,7 @@ class Block(nn.Module):
         self.gate = nn.Linear(d, c.intermediate_size, False)                    # one product with up measured slower on CPUs
         self.up = nn.Linear(d, c.intermediate_size, False)
         self.down = nn.Linear(c.intermediate_size, d, False)
+        self.shortcut1, self.shortcut2 = (nn.Linear(d, d, False) if c.shortcut else nn.Identity() for _ in range(2))
 
     def heads(self, a, rope, first=0, last=None, missing=None):
         """Projections first..last (heads, of n_head queries + n_kv_head keys + n_kv_head values) of normalised states a (N, d), queries and
@@ -652,18 +684,21 @@ class Block(nn.Module):
             qk = torch.cat((self.q_norm(qk[:, :n]), self.k_norm(qk[:, n:])), 1)
         return rotate(qk, rope) if self.rotary else qk, t[:, turned:]
 
-    def rest(self, h, att):
+    def rest(self, h, att, part="both"):
         """Residual adds and MLP. h, att (M, d)."""
-        h = self.o(att).add_(h)
+        if part != "mlp":
+            h = self.o(att).add_(self.shortcut1(h))
+        if part == "attention":
+            return h
         a = self.norm2(h)
         gate, up = self.gate(a), self.up(a)   # the widest states: no copies of them where no gradient needs them
-        return self.down(F.silu(gate) * up if gate.requires_grad else F.silu(gate, inplace=True).mul_(up)).add_(h)
+        return self.down(F.silu(gate) * up if gate.requires_grad else F.silu(gate, inplace=True).mul_(up)).add_(self.shortcut2(h))
 
-    def forward(self, p, keep, kv, score):
+    def forward(self, p, keep, kv, score, part="both"):
         """Run the kept rows of p.x; returns the Pass after this block. Skipped rows are unchanged, or take p.forecast.
 
         kv "drop" or "keep": whether skipped tokens offer a key and value. score: W or "mean" to refresh the
-        score table, None when no later decision reads it.
+        score table, None when no later decision reads it. part: "attention" or "mlp" runs this sub-block alone.
         """
         rows, at, stored, H, missing = keep.rows, None, keep.counts, self.c.n_head, None
         if p.forecast is None and (kv == "drop" or rows is None):
@@ -676,6 +711,9 @@ class Block(nn.Module):
         if p.forecast is not None:
             update, missing = p.forecast
             p = p.next(forecast=None, x=x + update)
+        if part == "mlp":
+            h = self.rest(h, None, part)
+            return p.next(x=h) if rows is None else p.next(held=(rows, h))
         if kv == "keep" and rows is not None:
             a = self.norm1(x)
             k, v = self.heads(a, p.rope, H, missing=missing if missing is None else missing * ~keep.mask[:, None])
@@ -696,7 +734,7 @@ class Block(nn.Module):
             if score is not None:
                 with routing_span():
                     p = self.observe(p, keep, q, k, stored, at, score)
-        h = self.rest(h, att)
+        h = self.rest(h, att, part)
         return p.next(x=h) if rows is None else p.next(held=(rows, h))
 
     def attend(self, keep, q, k, v, stored, at):
@@ -787,7 +825,7 @@ class Block(nn.Module):
             i, j = i + b * c, j + b * m
         return p.next(score=score, rank=rank)
 
-    def masked(self, p, keep, kv, score):
+    def masked(self, p, keep, kv, score, part="both"):
         """The same function on all rows, with 0/1 gates instead of gathers; gates carry straight-through gradients.
 
         A skipped token's row is still computed (it sees its own key), so that its gate learns what the skip loses.
@@ -799,6 +837,8 @@ class Block(nn.Module):
             update, missing = p.forecast
             skipped, missing = x + update, missing * (1 - gate.to(x.dtype)[:, None]) if kv == "keep" else None
             p = p.next(forecast=None)
+        if part == "mlp":
+            return p.next(x=skipped + gate.to(x.dtype)[:, None] * (self.rest(x, None, part) - skipped))
         qk, v = self.heads(a, p.rope, missing=missing)
         q, k = qk[:, :self.c.n_head], qk[:, self.c.n_head:]
         out = []
@@ -817,7 +857,7 @@ class Block(nn.Module):
                 wide = kv == "keep" or rows is None
                 p = self.observe(p, keep, q if rows is None else q[rows], k if wide else k[rows],
                                  p.counts if wide else keep.counts, p.local[rows] if wide and rows is not None else None, score)
-        return p.next(x=skipped + gate.to(x.dtype)[:, None] * (self.rest(x, torch.cat(out)) - skipped))
+        return p.next(x=skipped + gate.to(x.dtype)[:, None] * (self.rest(x, torch.cat(out), part) - skipped))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -867,9 +907,9 @@ class FTPModel(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.config = config
+        self.config = self.base = config              # base: what saved FLOPs are counted against, for a pruned model the original
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.blocks = nn.ModuleList(Block(config, l) for l in range(config.n_layer))
+        self.blocks = nn.ModuleList(Block(config.block(l), l) for l in range(config.n_layer))
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_eps)
         self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tied:
@@ -914,6 +954,8 @@ class FTPModel(nn.Module):
                         setattr(owner, leaf, nn.Parameter(torch.empty_like(getattr(owner, leaf), dtype=dtype, device=device_of(mine)), False))
                     with safe_open(file, "pt") as f:  # opened anew for each: mapped pages that were read go when it closes
                         t, place = f.get_tensor(name), getattr(owner, leaf).data[rows]
+                    if model.config.widths:  # what was pruned are zeros at the end, so that any LLaMA loader can read the folder
+                        t = t[tuple(map(slice, place.shape))]
                     if t.shape != place.shape:
                         raise FTPError(f"--model: {name} in {file.name} has shape {tuple(t.shape)}, config.json asks for "
                                        f"{tuple(place.shape)}; give a matching folder")
@@ -946,7 +988,7 @@ class FTPModel(nn.Module):
     @property
     def fingerprint(self):
         """Tells models apart: a hash of the shape, and eight weights of the last norm."""
-        late = ("qk_norm", "nope")  # count where they are set: artefacts made before these fields existed stay valid
+        late = ("qk_norm", "nope", "shortcut", "widths")  # count where they are set: artefacts made before these fields existed stay valid
         c = {k: v for k, v in asdict(self.config).items() if k not in ("eos", "max_len", *late) or k in late and v}
         return {"config": hashlib.sha256(json.dumps(c, sort_keys=True).encode()).hexdigest()[:16],
                 "norm": [round(v, 5) for v in self.norm.weight[:8].float().tolist()]}
@@ -966,26 +1008,32 @@ class FTPModel(nn.Module):
     # -- routing
 
     def use(self, schedule=None, router="static", *, prefill="topk", decode="dense", kv="drop", one_pass=False, score=None,
-            forecaster=None, seed=0):
+            forecaster=None, seed=0, removal="whole"):
         """Set how tokens are routed from now on; use() alone goes back to dense. Returns self.
 
-        schedule: Schedule or path. router: Router or path, "static" (position only), "random", "attention" (by score), or any
-        function (Pass, s) -> (N,) whose largest values are kept.
+        schedule: Schedule or path. router: Router or path, "static" (position only), "random", "attention" (by score), "progressive" (by the
+        last token's attention; a dropped token stays dropped), or any function (Pass, s) -> (N,) whose largest values are kept.
         prefill: "topk" (each block keeps its quota) or "argmax" (the router's own decision, as in the paper).
         decode: "dense", "threshold" (calibrated), or "rule" (the paper's: skip blocks with s > 0.5). kv: "drop" or "keep" the K/V of skipped
         tokens. one_pass: decide all blocks from the scores of block 0. score: window W or "mean" (default: the router's).
         forecaster: Forecaster or path; skipped tokens then take its forecast instead of staying as they are.
+        removal: whether the blocks and sub-blocks that a schedule removes are absent for every token ("whole") or for prompts alone
+        ("prompt"): then decoded tokens run them, over the keys of decoded tokens (under kv "keep" over all).
         """
         schedule = Schedule.load(schedule) if isinstance(schedule, (str, Path)) else schedule
-        if isinstance(router, (str, Path)) and router not in ("static", "random", "attention"):
+        if isinstance(router, (str, Path)) and router not in SELECTIONS:
             router = Router.load(router)
         for flag, value, known in (("--prefill", prefill, ("topk", "argmax")), ("--kv", kv, ("drop", "keep")),
-                                   ("--decode", decode, ("dense", "threshold", "rule"))):
+                                   ("--decode", decode, ("dense", "threshold", "rule")), ("--removal", removal, ("whole", "prompt"))):
             if value not in known:
                 raise FTPError(f"{flag} {value}: unknown; choose from {', '.join(known)}")
         learned = isinstance(router, Router)
         thresholds = None
         if schedule is not None:
+            if self.config.shortcut:
+                raise FTPError("--schedule: a sliced model can't be routed, each of its sub-blocks has a basis of its own; leave the schedule out")
+            if forecaster is not None and schedule.parts:
+                raise FTPError("--forecaster: it forecasts whole blocks; give a schedule without parts")
             check_fingerprint(schedule.fingerprint, self.fingerprint, "--schedule: it")
             if len(schedule.sparsity) != self.config.n_layer:
                 raise FTPError(f"--schedule: it has {len(schedule.sparsity)} blocks, the model {self.config.n_layer}")
@@ -1014,7 +1062,8 @@ class FTPModel(nn.Module):
                            "or --decode dense")
         self.__dict__["router"] = router  # past nn.Module: the router is no part of the frozen model's parameters
         self.schedule, self.prefill, self.kv, self.one_pass = schedule, prefill, kv, one_pass
-        self.decode, self.thresholds, self.score_window = decode, thresholds, score or (router.score if learned else 16)
+        self.decode, self.thresholds, self.score_window = decode, thresholds, score or (router.score if learned else 1 if router == "progressive" else 16)
+        self.removal = removal
         self.aim = None          # while calibrating or training: the share of decoded tokens that skips each block
         self.seed, self._random = seed, torch.Generator()
         self.stats = Stats(self.config.n_layer)
@@ -1031,8 +1080,10 @@ class FTPModel(nn.Module):
         """The router's preference for computing block l, (N,) float32, its logits (N, 2) if it is learned, and the Pass."""
         if self.router == "random":
             return torch.rand(len(p.x), generator=self._random).to(p.x.device), None, p
+        if self.router in ("attention", "progressive"):
+            return p.score.masked_fill(~p.alive, -torch.inf), None, p
         if not isinstance(self.router, Router):
-            return (p.score if self.router == "attention" else self.router(p, s)), None, p
+            return self.router(p, s), None, p
         logits, memory = self.router(l, self.router.factors(p, s), p.memory)
         return logits[:, 0] - logits[:, 1], logits, p.next(memory=memory)
 
@@ -1043,6 +1094,9 @@ class FTPModel(nn.Module):
         if s <= 0:
             return Keep(p, None, p.counts, p.set_counts), p
         if s >= 1:
+            if self.removal == "prompt":
+                every = Keep(p, None, p.counts, p.set_counts)
+                return every.decoded(p) if p.any_set else every, p
             nothing = np.zeros_like(p.counts)
             return Keep(p, p.local[:0], nothing, nothing, torch.zeros_like(p.in_set)), p
         by_threshold, compute = not p.all_set and self.decode == "threshold", self.decode == "dense" or s <= 0.5
@@ -1092,7 +1146,7 @@ class FTPModel(nn.Module):
         keep = Keep(p, torch.nonzero_static(mask, size=int(counts.sum()))[:, 0], counts, set_counts, mask, gate)
         if same:  # the next block may ask for the same
             p.known["of"], p.known["keep"] = same, keep
-        return keep, p
+        return keep, p.next(alive=p.alive & mask) if self.router == "progressive" else p
 
     def calibrate_decode(self, samples, sparsity=None):
         """Set the thresholds with which decoded tokens skip block l at the rate s_l; returns them.
@@ -1136,41 +1190,55 @@ class FTPModel(nn.Module):
         """Route and run block l: Pass -> Pass."""
         with routing_span():
             keep, p = self.route(l, p, noise)
-        self.count(l, p, keep)
-        if self.schedule and self.schedule.sparsity[l] >= 1:
-            return p
+        todo = self.todo(l, p, keep)
+        self.count(l, p, keep, todo)
         run = self.blocks[l].masked if masked else self.blocks[l]
-        return run(p, keep, self.kv, self.score_window if self.reads_scores(l) else None)
+        for part, these in todo:
+            p = run(p, these, self.kv, self.score_window if self.reads_scores(l) else None, part)
+        return p
 
-    def count(self, l, p, keep):
-        """Add block l of a pass to the realised sparsity and FLOPs."""
-        c, st = self.config, self.stats
+    def todo(self, l, p, keep):
+        """What runs of block l: [(part, Keep)], nothing of a removed block."""
+        part = self.schedule.parts[l] if self.schedule and self.schedule.parts else "both"
+        if self.schedule and self.schedule.sparsity[l] >= 1:
+            return [] if self.removal == "whole" else [("both", keep)]
+        if part == "both" or self.removal == "whole":
+            return [(part, keep)]
+        if not p.any_set:
+            return [("both", keep)]
+        return [(half, keep if half == part else keep.decoded(p)) for half in ("attention", "mlp")]
+
+    def count(self, l, p, route, todo):
+        """Add block l of a pass to the realised sparsity (a token that runs a part of it has not skipped) and FLOPs."""
+        c, st = self.blocks[l].c, self.stats
+        keep, mlp = (next((k for part, k in todo if part in ("both", half)), None) for half in ("attention", "mlp"))
+        split = lambda k: (k.set_counts.tolist(), (k.counts - k.set_counts).tolist()) if k else ([0] * len(p.n), [0] * len(p.n))
         removed = self.schedule is not None and self.schedule.sparsity[l] >= 1
-        kv_only = self.kv == "keep" and keep.rows is not None and not removed
-        sets = keep.set_counts.tolist()
-        singles = [n - m for n, m in zip(keep.counts.tolist(), sets)]
-        kept, total = (sum(sets), sum(singles)), (sum(p.n_set), sum(p.n) - sum(p.n_set))
+        kv_only = self.kv == "keep" and keep is not None and keep.rows is not None
+        sets, singles = split(keep)
+        attend, total = (sum(sets), sum(singles)), (sum(p.n_set), sum(p.n) - sum(p.n_set))
+        kept, transform = (attend if k is keep else [sum(v) for v in split(k)] for k in (route, mlp))
         if kv_only:  # how many keys a kept query sees is known to the device alone: added there, read by Stats
             seen, in_set = (p.pos[keep.rows] + 1).double(), p.in_set[keep.rows]
             pairs = [(seen * m).sum().to(self.device) for m in (in_set, ~in_set)]
         else:
             past = p.cache.len[l, p.slots].tolist() if p.has_past else [0] * len(sets)
             pairs = sum(m * (m + 1) for m in sets) / 2, sum(n * (m + h) + n * (n + 1) / 2 for n, m, h in zip(singles, sets, past))
-        routed = keep.rows is not None and not removed and total
+        routed = route.rows is not None and not removed
         for i, ph in enumerate(("prefill", "decode")):
             if not total[i]:
                 continue
             st.kept[ph][l] += kept[i]
             if l == 0:
                 st.total[ph] += total[i]
-            st.dense_flops[ph] += c.block_flops(total[i], p.dense_pairs[i])
-            st.flops[ph] += c.block_flops(kept[i], 0 if kv_only else pairs[i], (total[i] - kept[i]) * kv_only)
+            st.dense_flops[ph] += self.base.n_layer / c.n_layer * self.base.block_flops(total[i], p.dense_pairs[i])
+            st.flops[ph] += c.block_flops(attend[i], 0 if kv_only else pairs[i], (total[i] - attend[i]) * kv_only, transform[i])
             st.late[ph] = st.late[ph] + (c.block_flops(0, pairs[i]) if kv_only else 0)
             if routed and self.forecaster is not None:
                 st.flops[ph] += c.forecast_flops(self.forecaster.rank, total[i])
             if routed and isinstance(self.router, Router) and (i == 0 or self.decode == "threshold"):
                 st.flops[ph] += self.router.flops(total[i])
-        if self.reads_scores(l):
+        if self.reads_scores(l) and keep is not None:
             width = math.inf if self.score_window == "mean" else self.score_window
             st.flops["prefill"] += c.score_flops(1, sum(min(m, width) * m for m in sets))
 
@@ -1349,6 +1417,7 @@ def kl_divergence(teacher, student):
 
 def hf_parts(name, c):
     """Our parameter name -> [(name in a Hugging Face checkpoint, rows of ours that it fills)]."""
+    c = c.block(int(name.split(".")[1])) if name.startswith("blocks.") else c
     for a, b in (("blocks.", "model.layers."), ("norm1", "input_layernorm"), ("norm2", "post_attention_layernorm"), (".qkv.", ".self_attn.qkv."),
                  (".q_norm.", ".self_attn.q_norm."), (".k_norm.", ".self_attn.k_norm."),
                  (".o.", ".self_attn.o_proj."), (".gate.", ".mlp.gate_proj."), (".up.", ".mlp.up_proj."), (".down.", ".mlp.down_proj.")):
