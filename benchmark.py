@@ -212,6 +212,17 @@ def router_share(variant, T, vocab):
     return t.get("ftp_routing", 0.0) / t["whole"]
 
 
+@torch.inference_mode()
+def masked_difference(variant, T, vocab):
+    """Largest difference of the last position's logits between the routed pass and the masked reference, which skips nothing, as a share
+    of the largest logit.
+    In low precision a near tie of margins may let the two keep another token."""
+    ids = torch.randint(3, vocab, (1, T), generator=torch.Generator().manual_seed(0)).tolist()
+    variant.ready()
+    got, want = (variant.model.score_rows(ids, [T], rows=[T - 1], masked=masked).float() for masked in (False, True))
+    return float((got - want).abs().max() / want.abs().max())
+
+
 def main():
     p = Parser(__doc__).common(dtype="float32").routing().peers()
     p.add_argument("--schedule", default=None, help="schedule; without one, a uniform schedule of --sparsity")
@@ -222,6 +233,7 @@ def main():
     p.add_argument("--batch_sizes", default="1", help="batch sizes")
     p.add_argument("--n_decode", type=int, default=16, help="tokens decoded after each prefill, 0: prefill only")
     p.add_argument("--rounds", type=int, default=7, help="timed rounds after the warm-up")
+    p.add_argument("--verify", action="store_true", help="also compare each routed variant's logits with the masked reference (slow, much memory)")
     p.add_argument("--no_hf", action="store_true", help="leave transformers out")
     p.add_argument("--compile", action="store_true", help="torch.compile the blocks of all variants but transformers (warm-up: a minute)")
     p.add_argument("--peers", action="store_true", help="also block removal (ShortGPT-like: the last blocks but one) at about equal FLOPs")
@@ -296,7 +308,11 @@ def main():
              if isinstance(v, Ours) and v.router is not None}
     for name, s in share.items():
         print(f"router and scores, share of routed prefill ({name}): " + ", ".join(f"{T}: {100 * v:.1f} %" for T, v in s.items()))
-    result = {"format": "ftp-bench-1", "config": config, "rows": rows, "router_share": share}
+    apart = {name: {str(T): masked_difference(v, T, model.config.vocab_size) for T in lengths} for name, v in variants.items()
+             if args.verify and isinstance(v, Ours) and v.schedule is not None}
+    for name, d in apart.items():
+        print(f"routed against masked reference, largest difference of a logit ({name}): " + ", ".join(f"{T}: {v:.1e}" for T, v in d.items()))
+    result = {"format": "ftp-bench-1", "config": config, "rows": rows, "router_share": share, "masked_difference": apart}
     save_json(f"{args.out_dir}/bench.json", result)
     print(json.dumps(result))
 
