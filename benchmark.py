@@ -226,13 +226,14 @@ def masked_difference(variant, T, vocab):
 def main():
     p = Parser(__doc__).common(dtype="float32").routing().peers()
     p.add_argument("--schedule", default=None, help="schedule; without one, a uniform schedule of --sparsity")
-    p.add_argument("--router", default=None, help="trained router; without one, the static router (random weights with --synthetic)")
+    p.add_argument("--router", default=None, help="trained router; without one, the static router")
     p.add_argument("--sparsity", default="0.30", help="comma list of uniform sparsities where no --schedule is given")
     p.add_argument("--decode", default="dense", choices=["dense", "threshold", "rule"], help="how decoded tokens are routed")
     p.add_argument("--lengths", default="256,1024,2048", help="prompt lengths, tokens")
     p.add_argument("--batch_sizes", default="1", help="batch sizes")
     p.add_argument("--n_decode", type=int, default=16, help="tokens decoded after each prefill, 0: prefill only")
     p.add_argument("--rounds", type=int, default=7, help="timed rounds after the warm-up")
+    p.add_argument("--untrained", action="store_true", help="beside each --sparsity also a router of random weights (always with --synthetic)")
     p.add_argument("--verify", action="store_true", help="also compare each routed variant's logits with the masked reference (slow, much memory)")
     p.add_argument("--no_hf", action="store_true", help="leave transformers out")
     p.add_argument("--compile", action="store_true", help="torch.compile the blocks of all variants but transformers (warm-up: a minute)")
@@ -275,7 +276,7 @@ def main():
         variants["static"] = Ours(model, schedule, **static)
     for s in [] if schedule else sparsities:
         variants[f"static {s:g}"] = Ours(model, Schedule.uniform(model, s), **static)
-        if args.synthetic:  # an untrained router costs what a trained one does
+        if args.untrained or args.synthetic:  # an untrained router costs what a trained one does
             variants[f"router {s:g}"] = Ours(model, Schedule.uniform(model, s), Router(model.config, model.fingerprint), **static)
     if args.peers:
         for s in [schedule.mean] if schedule else sparsities:
