@@ -173,8 +173,8 @@ def measure(variants, T, B, n_decode, rounds, vocab, device):
     g = torch.Generator().manual_seed(0)
     ids = torch.randint(3, vocab, (B, T), generator=g).tolist()
     got = {name: {"prefill": [], "decode": []} for name in variants}
-    for turn in range(rounds + 1):  # the first is the warm-up
-        for name, v in variants.items():
+    for turn in range(rounds + 1):  # the first is the warm-up; every other round backwards, so that no variant always follows the same one
+        for name, v in list(variants.items())[::1 - 2 * (turn % 2)]:
             v.ready()
             reset_peak(device)
             sync(device)
