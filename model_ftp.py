@@ -1193,8 +1193,9 @@ class FTPModel(nn.Module):
         todo = self.todo(l, p, keep)
         self.count(l, p, keep, todo)
         run = self.blocks[l].masked if masked else self.blocks[l]
+        read = self.reads_scores(l) and (p.any_set or p.own_scores)    # decoded tokens that all compute need none
         for part, these in todo:
-            p = run(p, these, self.kv, self.score_window if self.reads_scores(l) else None, part)
+            p = run(p, these, self.kv, self.score_window if read else None, part)
         return p
 
     def todo(self, l, p, keep):
