@@ -2,8 +2,12 @@
 import argparse
 import datetime
 import functools
+import hashlib
+import json
 import platform
 import random
+import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -14,14 +18,17 @@ import torch
 import transformers
 from tqdm import tqdm
 
-from model_ftp import Forecaster, FTPError, FTPModel
+from model_ftp import Forecaster, FTPError, FTPModel, load_json, save_json
+
+
+class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    pass
 
 
 class Parser(argparse.ArgumentParser):
     """argparse whose errors are one line and exit code 2, whose help shows defaults, and which takes no abbreviations."""
     def __init__(self, doc, **kw):
-        super().__init__(description=doc, formatter_class=type("F", (
-            argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter), {}), allow_abbrev=False, **kw)
+        super().__init__(description=doc, formatter_class=Help, allow_abbrev=False, **kw)
 
     def error(self, message):
         sys.exit(complain(message))
@@ -42,6 +49,7 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--prefill", default="topk", choices=["topk", "argmax"], help="prompt: quota, or the router's own decision")
         self.add_argument("--kv", default="drop", choices=["drop", "keep"], help="K/V of skipped tokens")
         self.add_argument("--one_pass", action="store_true", help="decide all blocks from the scores of block 0")
+        self.add_argument("--mismatch", action="store_true", help="run a router under another --kv, --one_pass or forecast than it was trained with")
         self.add_argument("--forecaster", default=None, help="forecast of skipped tokens (fit_forecaster.py), best with --kv keep")
         return self
 
@@ -53,7 +61,8 @@ def load_forecaster(path):
 
 def routing_of(args, learned=True):
     """The routing() flags as keywords of FTPModel.use(); only a trained router can decide by argmax."""
-    return dict(prefill=args.prefill if learned else "topk", kv=args.kv, one_pass=args.one_pass, forecaster=load_forecaster(args.forecaster))
+    return dict(prefill=args.prefill if learned else "topk", kv=args.kv, one_pass=args.one_pass, forecaster=load_forecaster(args.forecaster),
+                mismatch=args.mismatch)
 
 
 def complain(e):
@@ -62,15 +71,51 @@ def complain(e):
     return 2
 
 
+kept, go_on = {}, []  # file: what it holds, as stages save what they can go on from; and the flag that then goes on
+
+
 def run(main):
-    """Run a stage's main() so that expected mistakes end in one line and code 2, and Ctrl-C in one line and 130."""
+    """Run a stage's main() so that expected mistakes end in one line and code 2, Ctrl-C and SIGTERM in one line that says what was kept
+    and how to go on, and the shell's codes 130 and 143."""
+    def stop(number, frame):
+        signal.signal(number, signal.SIG_IGN)  # a second one does not disturb the ending
+        raise KeyboardInterrupt(number)
+
+    kept.clear()
+    old, code = [(n, signal.signal(n, stop)) for n in (signal.SIGINT, signal.SIGTERM)], 0
     try:
         main()
     except FTPError as e:
-        sys.exit(complain(e))
-    except KeyboardInterrupt:
-        print(f"{Path(sys.argv[0]).name}: stopped; what was saved stays, the same command goes on from there", file=sys.stderr)
-        sys.exit(130)
+        code = complain(e)
+    except KeyboardInterrupt as e:
+        code = 128 + (e.args or (signal.SIGINT,))[0]
+        held = ", ".join(f"{path} ({what})" for path, what in kept.items()) or "nothing, no step was complete"
+        again = shlex.join(["python", *sys.argv, *(f for f in go_on if kept and f not in sys.argv)])
+        print(f"{Path(sys.argv[0]).name}: stopped. Kept: {held}. To go on: {again}", file=sys.stderr)
+    finally:
+        for n, handler in old:
+            signal.signal(n, handler)
+    if code:
+        sys.exit(code)
+
+
+def digest(o):
+    """Short hash of a JSON value: whether a resumed run sees the same data, and whether its state is undamaged."""
+    return hashlib.sha256(json.dumps(o, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def save_progress(path, kind, state, what):
+    """Write what a stage goes on from with --resume; `what` tells the user how far it is."""
+    save_json(path, {"format": kind, **state, "digest": digest(state)})
+    kept[path] = what
+
+
+def load_progress(path, kind):
+    """What save_progress() wrote, to the last bit."""
+    o = load_json(path, kind, "--resume", {"digest": str, "settings": dict})
+    state = {k: v for k, v in o.items() if k not in ("format", "digest")}
+    check(digest(state) == o["digest"], f"--resume: {path} is damaged; start again without --resume")
+    return state
 
 
 def check(ok, message):
@@ -120,7 +165,11 @@ def versions(device, dtype, why="asked for"):
 
 def start(args, build=None):
     """Seeds, threads, banner, and the model: loaded from args.model, or build(dtype, device). Returns it with the config to store."""
-    device = torch.device(args.device)
+    go_on[:] = ["--resume"] if hasattr(args, "resume") else []
+    try:
+        device = torch.device(args.device)
+    except RuntimeError:
+        raise FTPError(f"--device {args.device}: no such device; give cpu, cuda or cuda:1") from None
     check(device.type != "cuda" or torch.cuda.is_available(), f"--device {args.device}: no CUDA here; give --device cpu")
     if args.threads:
         torch.set_num_threads(args.threads)
