@@ -270,7 +270,7 @@ def load_task(spec, limit=None):
                 rows.append(convert(r))
             except (KeyError, TypeError, ValueError, AttributeError) as e:
                 raise FTPError(f"--tasks {name}: item {i + 1} of {hub} has not the expected form ({type(e).__name__}: {e}); give name=file.jsonl") from None
-    items, item = [], {}
+    items, item = [], dict()  # type: list, dict
     for i, r in enumerate(rows[:limit]):
         try:
             if "word" in r:

@@ -978,11 +978,10 @@ class FTPModel(nn.Module):
                     raise FTPError(f"--router: it is for {router.n_layer} blocks of width {router.hidden_size}, the model has "
                                    f"{self.config.n_layer} of {self.config.hidden_size}")
                 now, trained = {"kv": kv, "one_pass": one_pass, "forecaster": forecaster is not None}, router.meta.get("settings") or {}
-                for k in () if mismatch else now.keys() & trained.keys():
-                    was = bool(trained[k]) if k == "forecaster" else trained[k]
-                    if was != now[k]:
-                        raise FTPError(f"--router: it was trained with --{k} {was}, this is --{k} {now[k]}; give what it was trained with, or "
-                                       "--mismatch to run it all the same")
+                was = {k: bool(trained[k]) if k == "forecaster" else trained[k] for k in now if k in trained and not mismatch}
+                if differ := [k for k in was if was[k] != now[k]]:
+                    raise FTPError("--router: it was trained with " + ", ".join(f"--{k} {was[k]}" for k in differ) + ", this is "
+                                   + ", ".join(f"--{k} {now[k]}" for k in differ) + "; give what it was trained with, or --mismatch to run it all the same")
                 router = router.to(self.device)
                 if schedule.router_id == router.id:
                     thresholds = schedule.decode_threshold
