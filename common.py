@@ -67,7 +67,8 @@ def routing_of(args, learned=True):
 
 def complain(e):
     """Print one line about a mistake; returns exit code 2."""
-    print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(e).split())}", file=sys.stderr)
+    text = " ".join(str(e).encode("utf-8", "backslashreplace").decode().split())
+    print(f"{Path(sys.argv[0]).name}: error: {text if len(text) < 700 else text[:350] + ' ... ' + text[-250:]}", file=sys.stderr)
     return 2
 
 
