@@ -1169,6 +1169,8 @@ class FTPModel(nn.Module):
         bad = next((l for l in range(self.config.n_layer) if not (p := self.step(l, p, masked)).x.isfinite().all()), None)
         if bad is None:
             return q  # finite values whose sum is not
+        if mark is not None:
+            p.cache.rewind(mark)
         rows = (~p.x.isfinite().all(1)).nonzero()[:, 0]
         raise FTPError(f"NaN or infinite activations after block {bad}, in {len(rows)} of {len(p.x)} tokens, the first at position "
                        f"{int(p.pos[rows[0]])} of sequence {int(p.seq[rows[0]])}; use --dtype float32, and check the forecaster if there is one")
