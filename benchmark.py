@@ -291,8 +291,8 @@ def main():
                           f"peak {row['peak_mb']:.0f} MB  KV {row['kv_bytes'] / 2**20:.1f} MB", flush=True)
     share = {name: {str(T): router_share(v, T, model.config.vocab_size) for T in lengths} for name, v in variants.items()
              if isinstance(v, Ours) and v.router is not None}
-    for name, s in share.items():
-        print(f"router and scores, share of routed prefill ({name}): " + ", ".join(f"{T}: {100 * v:.1f} %" for T, v in s.items()))
+    for name, by_length in share.items():
+        print(f"router and scores, share of routed prefill ({name}): " + ", ".join(f"{T}: {100 * v:.1f} %" for T, v in by_length.items()))
     result = {"format": "ftp-bench-1", "config": config, "rows": rows, "router_share": share}
     save_json(f"{args.out_dir}/bench.json", result)
     print(json.dumps(result))
