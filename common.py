@@ -165,7 +165,7 @@ def run(main):
                 time.sleep(1)  # another rank has ended amid an exchange: a signal that was meant for all has its say here
             raise
     except FTPError as e:
-        if not hasattr(e, "rank"):
+        if e.rank < 0:
             try:
                 gather(e)
             except FTPError as first:

@@ -114,8 +114,8 @@ class FTPLM(TemplateLM):
         """Texts generated after each context, up to a stop sequence; greedy unless the task samples (then one by one, seeded)."""
         out, asked = [None] * len(requests), [r.args for r in requests]
         setting = lambda i: json.dumps(asked[i][1], sort_keys=True)
-        for _, group in itertools.groupby(sorted(range(len(asked)), key=setting), setting):
-            group = list(group)
+        for _, same in itertools.groupby(sorted(range(len(asked)), key=setting), setting):
+            group = list(same)
             kw = normalize_gen_kwargs(asked[group[0]][1])
             sampled, limit = kw["do_sample"], kw["max_gen_toks"]
             until = handle_stop_sequences(list(kw["until"]), self.tokenizer.eos_token)

@@ -38,6 +38,7 @@ NEAR = 64  # tokens within which the absolute distance to a prompt's start and e
 
 class FTPError(ValueError):
     """An expected mistake: its text is one line that names the flag or file and the mend."""
+    rank = -1  # of several processes the one that made it, once the others know
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1434,10 +1435,10 @@ def place_blocks(spec, config, itemsize, free=None):
         places = sorted((l, m[1]) for m in parts if m for l in range(int(m[2]), int(m[3]) + 1))
         if not all(parts) or [l for l, _ in places] != list(range(L)):
             raise FTPError(f"--device_map {spec}: give auto, or each of the blocks 0 to {L - 1} once, like cuda:0=0-{L // 2},cuda:1={L // 2 + 1}-{L - 1}")
-        places = [torch.device(name) for _, name in places]
-        if any(d.type == "cuda" and d.index >= torch.cuda.device_count() for d in places):
+        devices = [torch.device(name) for _, name in places]
+        if any(d.type == "cuda" and d.index >= torch.cuda.device_count() for d in devices):
             raise FTPError(f"--device_map {spec}: there are {torch.cuda.device_count()} GPUs here; name only those")
-        return places
+        return devices
     free = [torch.cuda.mem_get_info(i)[0] for i in range(torch.cuda.device_count())] if free is None else free
     if not free:
         return [torch.device("cpu")] * L
