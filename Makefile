@@ -2,7 +2,7 @@ PY := .venv/bin/python
 OUT := out/demo
 S := 0.30
 
-.PHONY: demo test
+.PHONY: demo test torture
 
 # fetch the model, prune it at 30 %, measure it, draw the figures: see README.md
 demo: .venv/ready
@@ -19,7 +19,15 @@ demo: .venv/ready
 
 test: .venv/ready
 	$(PY) -m ruff check .
-	$(PY) -m pytest -q
+	$(PY) -m mypy
+	$(PY) -m coverage erase
+	$(PY) -m coverage run -m pytest -q
+	$(PY) -m coverage combine -q
+	$(PY) -m coverage report --fail-under=90
+
+# the long forms of the property, damage, kill and soak tests: about 12 minutes on 2 CPU cores
+torture: .venv/ready
+	FTP_TORTURE=1 $(PY) -m pytest -q tests/test_properties.py tests/test_fuzz.py tests/test_kill.py tests/test_inputs.py
 
 .venv/ready: requirements.txt
 	python3 -m venv .venv

@@ -307,12 +307,12 @@ def main():
                           f"peak {row['peak_mb']:.0f} MB  KV {row['kv_bytes'] / 2**20:.1f} MB", flush=True)
     share = {name: {str(T): router_share(v, T, model.config.vocab_size) for T in lengths} for name, v in variants.items()
              if isinstance(v, Ours) and v.router is not None}
-    for name, s in share.items():
-        print(f"router and scores, share of routed prefill ({name}): " + ", ".join(f"{T}: {100 * v:.1f} %" for T, v in s.items()))
+    for name, by_length in share.items():
+        print(f"router and scores, share of routed prefill ({name}): " + ", ".join(f"{T}: {100 * v:.1f} %" for T, v in by_length.items()))
     apart = {name: {str(T): masked_difference(v, T, model.config.vocab_size) for T in lengths} for name, v in variants.items()
              if args.verify and isinstance(v, Ours) and v.schedule is not None}
-    for name, d in apart.items():
-        print(f"routed against masked reference, largest difference of a logit ({name}): " + ", ".join(f"{T}: {v:.1e}" for T, v in d.items()))
+    for name, by_length in apart.items():
+        print(f"routed against masked reference, largest difference of a logit ({name}): " + ", ".join(f"{T}: {v:.1e}" for T, v in by_length.items()))
     result = {"format": "ftp-bench-1", "config": config, "rows": rows, "router_share": share, "masked_difference": apart}
     save_json(f"{args.out_dir}/bench.json", result)
     print(json.dumps(result))

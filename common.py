@@ -4,9 +4,12 @@ import ctypes
 import datetime
 import functools
 import hashlib
+import json
 import os
 import platform
 import random
+import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -18,14 +21,17 @@ import torch.distributed as dist
 import transformers
 from tqdm import tqdm
 
-from model_ftp import SELECTIONS, Forecaster, FTPError, FTPModel, Router, Schedule, batches, check_fingerprint, load_json
+from model_ftp import SELECTIONS, Forecaster, FTPError, FTPModel, Router, Schedule, batches, check_fingerprint, load_json, save_json
+
+
+class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    pass
 
 
 class Parser(argparse.ArgumentParser):
     """argparse whose errors are one line and exit code 2, whose help shows defaults, and which takes no abbreviations."""
     def __init__(self, doc, **kw):
-        super().__init__(description=doc, formatter_class=type("F", (
-            argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter), {}), allow_abbrev=False, **kw)
+        super().__init__(description=doc, formatter_class=Help, allow_abbrev=False, **kw)
 
     def error(self, message):
         raise FTPError(message)
@@ -47,6 +53,7 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--prefill", default="topk", choices=["topk", "argmax"], help="prompt: quota, or the router's own decision")
         self.add_argument("--kv", default="drop", choices=["drop", "keep"], help="K/V of skipped tokens")
         self.add_argument("--one_pass", action="store_true", help="decide all blocks from the scores of block 0")
+        self.add_argument("--mismatch", action="store_true", help="run a router under another --kv, --one_pass or forecast than it was trained with")
         self.add_argument("--forecaster", default=None, help="forecast of skipped tokens (fit_forecaster.py), best with --kv keep")
         self.add_argument("--removal", default="whole", choices=["whole", "prompt"],
                           help="blocks and sub-blocks that a schedule removes: absent for all tokens, or for prompts alone")
@@ -68,7 +75,7 @@ def load_forecaster(path):
 def routing_of(args, learned=True):
     """The routing() flags as keywords of FTPModel.use(); only a trained router can decide by argmax."""
     return dict(prefill=args.prefill if learned else "topk", kv=args.kv, one_pass=args.one_pass, forecaster=load_forecaster(args.forecaster),
-                removal=args.removal)
+                removal=args.removal, mismatch=args.mismatch)
 
 
 def load_peers(args):
@@ -170,35 +177,82 @@ def spread_states(model, samples, joint=False):
     return [(g, *model.response_states(g, joint=joint)) for g in shard([g for _, g in batches(samples, 2048)])]
 
 
+def complain(e):
+    """Print one line about a mistake; returns exit code 2."""
+    text = " ".join(str(e).encode("utf-8", "backslashreplace").decode().split())
+    print(f"{Path(sys.argv[0]).name}: error: {text if len(text) < 700 else text[:350] + ' ... ' + text[-250:]}", file=sys.stderr)
+    return 2
+
+
+kept, go_on = {}, []  # file: what it holds, as stages save what they can go on from; and the flag that then goes on
+
+
 def run(main):
-    """Run a stage's main() so that expected mistakes end in one line and code 2, and Ctrl-C in one line and 130; on all ranks together.
+    """Run a stage's main() so that expected mistakes end in one line and code 2, Ctrl-C and SIGTERM in one line that says what was kept
+    and how to go on, and the shell's codes 130 and 143; on all ranks together.
 
     A rank with a mistake gives it to the gather() that the others are in or come to, at the latest to the one behind main().
     """
+    def stop(number, frame):
+        signal.signal(number, signal.SIG_IGN)  # a second one does not disturb the ending
+        raise KeyboardInterrupt(number)
+
+    kept.clear()
+    old, code = [(n, signal.signal(n, stop)) for n in (signal.SIGINT, signal.SIGTERM)], 0
     try:
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             # objects travel by gloo, gradients on GPUs by nccl; rank 0 may be long at work before the others meet it
             dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=datetime.timedelta(hours=12))
             if rank():
                 sys.stdout = open(os.devnull, "w")
-        main()
-        gather(None)
+        try:
+            main()
+            gather(None)
+        except RuntimeError:
+            if world() > 1:
+                time.sleep(1)  # another rank has ended amid an exchange: a signal that was meant for all has its say here
+            raise
     except FTPError as e:
-        if not hasattr(e, "rank"):
+        if e.rank < 0:
             try:
                 gather(e)
             except FTPError as first:
                 e = first
-        if e.rank == rank():
-            print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(e).split())}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
+        code = complain(e) if e.rank == rank() else 2
+    except KeyboardInterrupt as e:
+        code = 128 + (e.args or (signal.SIGINT,))[0]
+        held = ", ".join(f"{path} ({what})" for path, what in kept.items()) or "nothing, no step was complete"
+        start = ["torchrun", "--nproc_per_node", os.environ.get("LOCAL_WORLD_SIZE", str(world()))] if world() > 1 else ["python"]
+        again = shlex.join([*start, *sys.argv, *(f for f in go_on if kept and f not in sys.argv)])
         if rank() == 0:
-            print(f"{Path(sys.argv[0]).name}: stopped; what was saved stays, the same command goes on from there", file=sys.stderr)
-        sys.exit(130)
+            print(f"{Path(sys.argv[0]).name}: stopped. Kept: {held}. To go on: {again}", file=sys.stderr)
     finally:
+        for n, handler in old:
+            signal.signal(n, handler)
         if dist.is_initialized():
             dist.destroy_process_group()
+    if code:
+        sys.exit(code)
+
+
+def digest(o):
+    """Short hash of a JSON value: whether a resumed run sees the same data, and whether its state is undamaged."""
+    return hashlib.sha256(json.dumps(o, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def save_progress(path, kind, state, what):
+    """Write what a stage goes on from with --resume, on rank 0; `what` tells the user how far it is."""
+    if rank() == 0:
+        save_json(path, {"format": kind, **state, "digest": digest(state)})
+        kept[path] = what
+
+
+def load_progress(path, kind):
+    """What save_progress() wrote, to the last bit."""
+    o = load_json(path, kind, "--resume", {"digest": str, "settings": dict})
+    state = {k: v for k, v in o.items() if k not in ("format", "digest")}
+    check(digest(state) == o["digest"], f"--resume: {path} is damaged; start again without --resume")
+    return state
 
 
 def check(ok, message):
@@ -259,7 +313,11 @@ def keep_freed_memory():
 
 def start(args, build=None):
     """Seeds, threads, banner, and the model: loaded from args.model, or build(dtype, device). Returns it with the config to store."""
-    device = torch.device(args.device)
+    go_on[:] = ["--resume"] if hasattr(args, "resume") else []
+    try:
+        device = torch.device(args.device)
+    except RuntimeError:
+        raise FTPError(f"--device {args.device}: no such device; give cpu, cuda or cuda:1") from None
     check(device.type != "cuda" or torch.cuda.is_available(), f"--device {args.device}: no CUDA here; give --device cpu")
     if device.type == "cuda" and world() > 1:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))

@@ -6,12 +6,14 @@
 """
 import json
 import math
+import os
 import random
+import re
 import statistics
 from pathlib import Path
 
-from common import bar, check, gather, rank
-from model_ftp import HOME, FTPError, find_model
+from common import bar, check, gather, kept, rank
+from model_ftp import HOME, FTPError, find_model, misfit, save_files
 
 PROMPTS = Path(__file__).parent / "prompts.jsonl"
 SPLITS = {"train": (0, 1), "watch": (2,), "heldout": (3,)}  # of every four items: fit, early stopping, evaluation
@@ -21,30 +23,48 @@ def load_tokenizer(path):
     from transformers import AutoTokenizer
     try:
         return AutoTokenizer.from_pretrained(find_model(path))
-    except (OSError, ValueError) as e:
-        raise FTPError(f"--model {path}: no usable tokenizer ({str(e).splitlines()[0]}); give a folder with tokenizer.json") from None
+    except FTPError:
+        raise
+    except Exception as e:  # transformers and tokenizers raise many kinds, plain Exception among them
+        raise FTPError(f"--model {path}: no usable tokenizer ({(str(e).splitlines() or [type(e).__name__])[0]}); give a folder with "
+                       "tokenizer.json") from None
+
+
+def read_text(path, flag):
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as e:
+        raise FTPError(f"{flag}: {path} can't be read as UTF-8 text ({e}); give an existing .jsonl, .json or .txt file") from None
 
 
 def read_rows(path, flag="--data"):
-    """Rows of a .json list or .jsonl file, FTPError with the line number of a bad one."""
-    path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as e:
-        raise FTPError(f"{flag}: {path} can't be read as UTF-8 text ({e}); give an existing .jsonl, .json or .txt file") from None
-    rows, line_no = [], 0
+    """Rows of a .json list or .jsonl file. FTPError with the line number of a bad one, and where two items have one "id"."""
+    path, rows, places, n = Path(path), [], [], 1
+    text = read_text(path, flag)
     try:
         if path.suffix == ".json":
             rows = json.loads(text)
+            places = [f"item {i + 1}" for i in range(len(rows))] if isinstance(rows, list) else []
         else:
-            for line in text.splitlines():
-                line_no += 1
+            for n, line in enumerate(text.split("\n"), 1):  # not splitlines(): U+2028 may stand within a JSON text
                 if line.strip():
                     rows.append(json.loads(line))
-    except ValueError as e:
-        raise FTPError(f"{flag}: {path} line {line_no} is not JSON ({e}); mend or remove it") from None
-    check(isinstance(rows, list) and all(isinstance(r, dict) for r in rows), f"{flag}: {path} must hold JSON objects")
+                    places.append(f"line {n}")
+        if "\\ud" in text.lower():
+            json.dumps(rows, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise FTPError(f"{flag}: {path} has half a surrogate pair (\\ud8.. alone), which is no character; mend or remove it") from None
+    except (ValueError, RecursionError) as e:
+        raise FTPError(f"{flag}: {path} line {n if path.suffix != '.json' else getattr(e, 'lineno', 1)} is not JSON ({e}); mend or remove it") from None
+    check(isinstance(rows, list), f"{flag}: {path} must hold a list of JSON objects")
     check(rows, f"{flag}: {path} is empty; give a file with items")
+    seen = {}
+    for r, place in zip(rows, places):
+        check(isinstance(r, dict), f"{flag}: {path} {place} is no JSON object; mend or remove it")
+        if r.get("id") is not None:
+            name = json.dumps(r["id"])
+            check(name not in seen, f"{flag}: {path} {place} has the id {name[:60]} of {seen.get(name)}; remove one, or its id")
+            seen[name] = place
     return rows
 
 
@@ -78,14 +98,19 @@ def self_responses(model, tokenizer, seed=0, max_new_tokens=64, temperature=0.7,
         part = path.with_suffix(".part")
         done = part.read_text().splitlines() if part.exists() else []
         done = done[:len(done) // batch_size * batch_size]
+        if done:
+            kept[part] = f"{len(done)} of {len(rows)} answers"
         model.use()
         for i in bar(range(len(done), len(rows), batch_size), desc="the dense model answers", unit="batch"):
             some = rows[i:i + batch_size]
             new = model.generate([render(tokenizer, r["instruction"], r["input"]) for r in some], max_new_tokens,
                                  temperature=temperature, top_p=0.95, seed=seed + i)
             done += [json.dumps({**r, "response_ids": n}) for r, n in zip(some, new)]
-            part.write_text("\n".join(done) + "\n")
+            save_files({part: lambda p: p.write_text("\n".join(done) + "\n")})
+            kept[part] = f"{len(done)} of {len(rows)} answers"
         part.rename(path)
+        kept.pop(part, None)
+        kept[path] = f"all {len(done)} answers"
     gather(None)  # the other ranks wait for the file
     return read_rows(path)
 
@@ -114,21 +139,32 @@ def samples_of(data, model, tokenizer, split, max_prompt, max_response, min_resp
         size = min(8000, len(text) // 8 + 1)  # pieces that go to one split together; even a short text has some for each
         rows = [{"text": text[i:i + size]} for i in range(0, len(text), size)]
     else:
-        rows = read_rows(data) if Path(data).exists() else list(from_hub(data, None, "train", "--data"))
-    out = []
+        rows = read_rows(data) if os.path.exists(data) else list(from_hub(data, None, "train", "--data"))
+    out, too_long = [], 0
     for i, r in enumerate(rows):
         if i % 4 not in SPLITS[split]:
             continue
-        if "instruction" not in r and "text" in r:  # plain text: its beginning is the prompt, what follows the response
+        wrong = misfit(r, {k: (str, None) for k in ("instruction", "input", "output", "text")} | {"response_ids": ([int], None)}, f"item {i + 1}")
+        check(not wrong, f"--data: in {data} {wrong}; mend or remove it")
+        if r.get("instruction") is None and r.get("text") is not None:  # plain text: its beginning is the prompt, what follows the response
             ids = tokenizer(r["text"], add_special_tokens=False)["input_ids"]
             context = min(max_prompt, len(ids) - max_response)
             out += windows(ids, context, max_response) if context >= max_response else []
             continue
-        check("instruction" in r and ("output" in r or "response_ids" in r), f"--data: item {i} of {data} lacks instruction or output")
+        ids, output = r.get("response_ids"), r.get("output")
+        check(r.get("instruction") is not None and (ids is not None or output is not None), f"--data: item {i + 1} of {data} lacks instruction or output")
         prompt = render(tokenizer, r["instruction"], r.get("input") or "")
-        response = r["response_ids"] if "response_ids" in r else tokenizer(r["output"], add_special_tokens=False)["input_ids"]
-        if len(prompt) <= max_prompt and len(response) >= min_response:
+        response = tokenizer(output, add_special_tokens=False)["input_ids"] if ids is None else ids
+        check(max(response, default=0) < model.config.vocab_size, f"--data: item {i + 1} of {data} has response_ids beyond the vocabulary; make it again")
+        if len(prompt) > max_prompt:
+            too_long += 1
+        elif len(response) >= min_response:
             out.append((prompt, response[:max_response]))
+    longest = max((len(a) + len(b) for a, b in out), default=0)
+    check(longest <= model.config.max_len, f"--data {data}: a prompt with its response has {longest} tokens, the model takes {model.config.max_len}; "
+          f"lower --max_prompt and --max_response, now {max_prompt} and {max_response}, or shorten the items")
+    if too_long:
+        print(f"--data {data}: {too_long} {split} prompts of more than {max_prompt} tokens are left out (--max_prompt, where the stage has it)")
     check(out, f"--data: no usable item in {data}; items need an instruction of at most {max_prompt} tokens and an output of at least "
                f"{min_response}, or a text")
     rng.shuffle(out)
@@ -144,9 +180,9 @@ def load_text(spec, flag="--text"):
     path = Path(spec)
     if spec == "self":
         return "\n\n".join(r["input"] for i, r in enumerate(read_rows(PROMPTS)) if i % 4 in SPLITS["heldout"] and r["input"])
-    if path.exists():
+    if os.path.exists(path):
         if path.suffix == ".txt":
-            lines = path.read_text(encoding="utf-8").split("\n")
+            lines = read_text(path, flag).split("\n")
             check(any(s.strip() for s in lines), f"{flag}: {path} is empty; give a file with text")
             # WikiText's raw form keeps blank lines as " ": the field joins its rows by an empty line
             if "wiki" in path.name:
@@ -156,7 +192,8 @@ def load_text(spec, flag="--text"):
     else:
         name, config, split = (spec.split(":") + [None, None])[:3]
         rows = from_hub(name, config, split or "test", flag)
-    check("text" in rows[0], f"{flag}: items of {spec} have no \"text\"")
+    for i, r in enumerate(rows):
+        check(isinstance(r.get("text"), str), f"{flag}: item {i + 1} of {spec} has no \"text\"")
     return "\n\n".join(r["text"] for r in rows)
 
 
@@ -176,7 +213,6 @@ def arc(r):
 
 
 def hellaswag(r):
-    import re
     clean = lambda t: re.sub(r"\[.*?\]", "", t.strip().replace(" [title]", ". ")).replace("  ", " ")
     return {"context": clean(f"{r['activity_label']}: {r['ctx_a']} {r['ctx_b'].capitalize()}"),
             "choices": [" " + clean(e) for e in r["endings"]], "answer": int(r["label"])}
@@ -239,35 +275,42 @@ def load_task(spec, limit=None):
     else:
         check(name in HUB, f"--tasks {name}: unknown task; give name=file.jsonl, or one of {', '.join(HUB)}")
         hub, config, split, convert = HUB[name]
-        rows = [convert(r) for r in from_hub(hub, config, split, "--tasks")]
+        rows = []
+        for i, r in enumerate(from_hub(hub, config, split, "--tasks")):
+            try:
+                rows.append(convert(r))
+            except (KeyError, TypeError, ValueError, AttributeError) as e:
+                raise FTPError(f"--tasks {name}: item {i + 1} of {hub} has not the expected form ({type(e).__name__}: {e}); give name=file.jsonl") from None
     kinds = {str(r["kind"]) for r in rows if "prompt" in r and "kind" in r}
     if kinds:
         check(name in kinds, f"--tasks {name}: {path} holds prompts of several kinds; name the task after one of them: {', '.join(sorted(kinds))}")
-        rows = [r for r in rows if r.get("kind") == name]
-    try:
-        yes_no = all({a.lower() for a in r["answers"]} in ({"yes"}, {"no"}) for r in rows if "prompt" in r)
-    except (KeyError, TypeError, AttributeError):
-        raise FTPError(f"--tasks {name}: a prompt lacks its list of answers; see load_task in data.py for the form") from None
-    items = []
+        rows = [r for r in rows if str(r.get("kind")) == name]
+    for i, r in enumerate(rows):
+        wrong = misfit(r, {"needs_context": (bool, None)} | ({"prompt": str, "answers": [str]} if "prompt" in r else {}), f"item {i + 1}")
+        check(not wrong, f"--tasks {name}: {wrong}; see load_task in data.py for the form")
+    yes_no = all({a.lower() for a in r["answers"]} in ({"yes"}, {"no"}) for r in rows if "prompt" in r)
+    items, item = [], dict()  # type: list, dict
     for i, r in enumerate(rows[:limit]):
         try:
             if "prompt" in r and yes_no:
                 item = {"contexts": [r["prompt"]] * 2, "continuations": [" yes", " no"], "answer": int(r["answers"][0].lower() == "no")}
             elif "prompt" in r:
                 check(r["answers"], f"--tasks {name}: item {i + 1} has no answer to compare with; leave such items out")
-                item = {"contexts": [r["prompt"]], "continuations": list(r["answers"]), "answer": None, "generate": True}
+                item = {"contexts": [r["prompt"]], "continuations": r["answers"], "answer": None, "generate": True}
             elif "word" in r:
                 item = {"contexts": [r["context"]], "continuations": [r["word"]], "answer": None}
             elif "choices" in r:
-                item = {"contexts": [r["context"]] * len(r["choices"]), "continuations": list(r["choices"]), "answer": r["answer"]}
+                item = {"contexts": [r["context"]] * len(r["choices"]), "continuations": r["choices"], "answer": r["answer"]}
             else:
-                item = {"contexts": list(r["contexts"]), "continuations": [r["continuation"]] * len(r["contexts"]), "answer": r["answer"]}
+                item = {"contexts": r["contexts"], "continuations": [r["continuation"]] * len(r["contexts"]), "answer": r["answer"]}
         except (KeyError, TypeError) as e:
-            raise FTPError(f"--tasks {name}: item {i + 1} has no {e}; see load_task in data.py for the form") from None
-        texts = item["contexts"] + item["continuations"]
-        good = all(isinstance(t, str) for t in texts) and all(item["continuations"]) and (
-            item["answer"] is None or (isinstance(item["answer"], int) and 0 <= item["answer"] < len(item["contexts"])))
-        check(good, f"--tasks {name}: item {i + 1} has an empty choice or an answer out of range; mend it")
+            raise FTPError(f"--tasks {name}: item {i + 1} has no usable {e}; see load_task in data.py for the form") from None
+        free = item["answer"] is None and ("word" in r or "generate" in item)  # nothing to choose from
+        wrong = misfit(item, {"contexts": [str], "continuations": [str], "answer": None if free else int}, f"item {i + 1}")
+        check(not wrong, f"--tasks {name}: {wrong}; mend it")
+        check(item["contexts"] and all(item["continuations"]), f"--tasks {name}: item {i + 1} has no choices, or an empty one; mend it")
+        check(free or item["answer"] < len(item["contexts"]), f"--tasks {name}: item {i + 1} has the answer {item['answer']}, out of range "
+              f"of {len(item['contexts'])} choices counted from 0; mend it")
         needed = r.get("needs_context", name in NEEDS_CONTEXT or "word" in r or "prompt" in r)
         items.append(item | {"needs_context": bool(needed)})
     check(items, f"--tasks {name}: no items; raise --limit or give another file")
@@ -279,16 +322,19 @@ def encode(tokenizer, text):
     return tokenizer(text, add_special_tokens=not (tokenizer.bos_token and text.startswith(tokenizer.bos_token)))["input_ids"]
 
 
-def encode_pair(tokenizer, context, continuation):
+def encode_pair(tokenizer, context, continuation, max_len=None):
     """Ids of context and continuation, tokenised as one text and parted as lm-evaluation-harness does: blanks that end the context
-    go to the continuation. An empty context becomes the start token, so that there is something to predict from."""
+    go to the continuation. An empty context becomes the start token, so that there is something to predict from. max_len: cut the
+    context at its left, to so many tokens in all."""
     stem = context.rstrip()
     both = encode(tokenizer, context + continuation) if stem else tokenizer(context + continuation, add_special_tokens=False)["input_ids"]
-    n = min(len(encode(tokenizer, stem)), len(both) - 1) if stem else 0
+    n = max(0, min(len(encode(tokenizer, stem)), len(both) - 1)) if stem else 0
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    if n == 0 and (len(both) == 1 or both[0] != start):
+    if n == 0 and (len(both) == 1 or both[:1] != [start]):
+        check(start is not None and both, "--tasks: an empty context needs a tokenizer with a start or end token; give the items a context")
         return [start], both
-    return both[:max(n, 1)], both[max(n, 1):]
+    n = max(n, 1)
+    return both[max(0, len(both) - max_len) if max_len else 0:n], both[n:]
 
 
 def standard_error(values):

@@ -28,11 +28,32 @@ from pathlib import Path
 
 import torch
 
-from common import Parser, bar, check, gather, load_peers, peer_id, peer_model, rank, routing_of, run, shard, share_stats, spread_states, start, unshard
+from common import (
+    Parser,
+    bar,
+    check,
+    digest,
+    gather,
+    load_forecaster,
+    load_peers,
+    load_progress,
+    peer_id,
+    peer_model,
+    rank,
+    routing_of,
+    run,
+    save_progress,
+    shard,
+    share_stats,
+    spread_states,
+    start,
+    unshard,
+)
 from data import encode, encode_pair, load_samples, load_task, load_text, load_tokenizer, standard_error, windows
-from model_ftp import Router, Schedule, Stats, batches, by_sample, kl_divergence, load_json, save_json
+from model_ftp import Router, Schedule, Stats, batches, by_sample, kl_divergence, save_json
 
 METRIC = {"arc_challenge": "acc_norm", "hellaswag": "acc_norm", "openbook_qa": "acc_norm", "piqa": "acc_norm"}  # others: acc
+ANSWER = 32  # tokens generated where an answer is searched for
 ROWS = {  # name: (schedule, router, decode)
     "dense": (None, "static", "dense"), "uniform": ("uniform", "static", "dense"), "static": ("given", "static", "dense"),
     "random": ("given", "random", "dense"), "attention": ("given", "attention", "dense"), "ftp": ("given", "given", "dense"),
@@ -100,23 +121,39 @@ def bare(text):
     return " ".join(w for w in words if w not in ("a", "an", "the"))
 
 
-def generated_hits(model, tokenizer, items, max_new_tokens=32, max_tokens=8192):
+def generated_hits(model, tokenizer, items, truncate=False, max_tokens=8192):
     """1.0 for each item whose greedy answer's first line holds one of its answers, else 0.0: (n,) list. Always prompt, then decoding."""
-    prompts, hits = [(encode(tokenizer, it["contexts"][0]), range(max_new_tokens)) for it in items], [None] * len(items)
+    cut = -(model.config.max_len - ANSWER + 1) if truncate else None  # the last new token is not run
+    prompts, hits = [(encode(tokenizer, it["contexts"][0])[cut:], range(ANSWER)) for it in items], [None] * len(items)  # type: list, list
     for first, group in bar(shard(list(batches(prompts, max_tokens))), desc="answers", unit="batch", leave=False):
-        for i, new in enumerate(model.generate([list(ids) for ids, _ in group], max_new_tokens), first):
+        for i, new in enumerate(model.generate([list(ids) for ids, _ in group], ANSWER), first):
             line = bare(tokenizer.decode(new, skip_special_tokens=True).strip().split("\n")[0])
             hits[i] = float(any(bare(a) and bare(a) in line for a in items[i]["continuations"]))
     return from_all_ranks(hits)
 
 
-def evaluate_task(model, tokenizer, items, protocol):
+def check_length(model, tokenizer, task, items, truncate):
+    """FTPError unless every item fits the model, or with `truncate` at least its continuations do."""
+    most = model.config.max_len
+    for i, it in enumerate(items):
+        for texts in zip(it["contexts"], it["continuations"]):
+            if it.get("generate"):
+                texts = texts[0], "x" * (ANSWER - 1)  # room for the answer
+            if len("".join(texts).encode()) >= most - 2:  # a token is at least a byte: shorter ones fit
+                context, continuation = (encode(tokenizer, texts[0]), texts[1]) if it.get("generate") else encode_pair(tokenizer, *texts)
+                n = len(continuation) + (1 if truncate else len(context))
+                check(n <= most, f"--tasks {task}: item {i + 1} has {len(context) + len(continuation)} tokens, the model takes {most}; shorten it"
+                                 + (", its choice alone is too long" if truncate else ", or give --truncate to cut contexts at their left"))
+
+
+def evaluate_task(model, tokenizer, items, protocol, truncate=False):
     """Scores of one task's items -> {"acc", "acc_norm", "stderr", "n", "chance", ...}, perplexity for items without an answer."""
     if items[0].get("generate"):
-        acc = generated_hits(model, tokenizer, items)
+        acc = generated_hits(model, tokenizer, items, truncate)
         return {"acc": sum(acc) / len(acc), "acc_norm": None, "stderr": standard_error(acc), "n": len(acc), "chance": 0.0,
                 "items": [int(v) for v in acc], "items_norm": []}
-    pairs = [encode_pair(tokenizer, a, b) for it in items for a, b in zip(it["contexts"], it["continuations"])]
+    most = model.config.max_len if truncate else None
+    pairs = [encode_pair(tokenizer, a, b, most) for it in items for a, b in zip(it["contexts"], it["continuations"])]
     scores, i = score_pairs(model, pairs, protocol), 0
     acc, norm, sums = [], [], []
     for it in items:
@@ -206,7 +243,7 @@ def evaluate_row(model, tokenizer, name, args, tasks, texts, samples, dense):
         row["ppl"][text] = math.exp(spread_nll(model, spread_states(model, wins, joint)))
         account(text)
     for task, things in tasks.items():
-        row["tasks"][task] = evaluate_task(model, tokenizer, things, args.protocol)
+        row["tasks"][task] = evaluate_task(model, tokenizer, things, args.protocol, args.truncate)
         account(task)
         row["tasks"][task]["needs_context"] = any(it["needs_context"] for it in things)
         if args.floor:
@@ -268,19 +305,25 @@ def main():
     p.add_argument("--limit", type=int, default=None, help="items a task")
     p.add_argument("--protocol", default="causal", choices=["causal", "joint"], help="see above")
     p.add_argument("--decode_sparsity", type=float, default=None, help="calibrate ftp_decode to this mean sparsity instead of the schedule's")
-    p.add_argument("--resume", action="store_true", help="keep the rows that eval.json already holds from the same settings and commit")
+    p.add_argument("--truncate", action="store_true", help="cut the context of an item that exceeds the model's length at its left, instead of refusing it")
+    p.add_argument("--resume", action="store_true", help="keep the rows that eval_state.json holds from the same settings, data and commit")
     args = p.parse_args()
     names = [n for n in args.rows.split(",") if n and n != "dense"]
     check(all(n in ROWS for n in names), f"--rows {args.rows}: unknown row; choose from {','.join(ROWS)}")
     check(args.limit is None or args.limit > 0, f"--limit {args.limit}: must be at least 1")
     check(min(args.context, args.scored) > 0 <= args.nwindows, "--context and --scored must be at least 1, --nwindows at least 0")
-    tasks = dict(load_task(t, args.limit) for t in args.tasks.split(",") if t)
+    tasks = dict(pairs := [load_task(t, args.limit) for t in args.tasks.split(",") if t])
+    specs = {spec.split("/")[-1]: spec for spec in args.text.split(",") if spec}
+    check(len(tasks) == len(pairs), f"--tasks {args.tasks}: two tasks of one name; rename one, as other=file.jsonl")
+    check(len(specs) == len([t for t in args.text.split(",") if t]), f"--text {args.text}: two texts of one file name; rename one")
     schedule = Schedule.load(args.schedule) if any(ROWS[n][0] for n in names) else None
     router = Router.load(args.router) if any(ROWS[n][1] == "given" for n in names) else None
     peers = load_peers(args)
     check(not set(peers) & set(ROWS), f"--peer: {', '.join(set(peers) & set(ROWS))} is a row's name already; give another")
     model, config = start(args)
-    made_by = lambda n: peer_id(*peers[n]) if n in peers else [schedule.id if ROWS[n][0] else None, router.id if ROWS[n][1] == "given" else None]
+    forecast = load_forecaster(args.forecaster)
+    made_by = lambda n: [*(peer_id(*peers[n]) if n in peers else [schedule.id if ROWS[n][0] else None, router.id if ROWS[n][1] == "given" else None]),
+                         forecast and forecast.id]
     for n in names:  # refuse artefacts of another model before the long work
         r = router if ROWS[n][1] == "given" else "static"
         model.use(schedule, r, **routing_of(args, isinstance(r, Router)))
@@ -288,15 +331,21 @@ def main():
         model.use(s, r, **routing)
     tokenizer = load_tokenizer(args.model)
     samples = load_samples(args.data, model, tokenizer, "heldout", args.nsamples, max_response=args.max_response)
+    for task, items in tasks.items():
+        check_length(model, tokenizer, task, items, args.truncate)
+    check(args.context + args.scored <= model.config.max_len, f"--context {args.context} and --scored {args.scored}: the model takes "
+          f"{model.config.max_len} tokens; lower them")
     texts = {}
-    for spec in filter(None, args.text.split(",")):
+    for name, spec in specs.items():
         ids = tokenizer(load_text(spec), add_special_tokens=False)["input_ids"]
-        texts[spec.split("/")[-1]] = windows(ids, args.context, args.scored, args.nwindows or None)
+        texts[name] = windows(ids, args.context, args.scored, args.nwindows or None)
     rows, dense, out, done = [], None, f"{args.out_dir}/eval.json", {}
-    if args.resume and Path(out).exists():
-        old = load_json(out, "ftp-eval-1", "--resume")
-        same = lambda c: {k: v for k, v in c["settings"].items() if k not in ("resume", "rows", "peer", "threads")} | {"commit": c["commit"]}
-        done = {r["name"]: r for r in old["rows"]} if same(old["config"]) == same(config) else {}
+    settings = {k: v for k, v in vars(args).items() if k not in ("resume", "rows", "peer", "threads", "out_dir")} | {
+        "commit": config["commit"], "fingerprint": model.fingerprint, "data_digest": digest([samples, texts, tasks])}
+    state = Path(args.out_dir) / "eval_state.json"  # eval.json is only ever a whole one
+    if args.resume and state.exists():
+        old = load_progress(state, "ftp-eval-state-1")
+        done = {r["name"]: r for r in old["rows"]} if old["settings"] == settings else {}
     for name in ["dense", *names, *peers]:
         if name != "dense" and done.get(name, {}).get("artefacts") == made_by(name):  # the dense row runs again: the others are compared with its states
             rows.append(done[name])
@@ -317,8 +366,8 @@ def main():
         row, states = evaluate_row(runner, tokenizer, name, args, tasks, texts, samples, dense)
         dense = dense or {"row": row, "states": states, "model": model}
         rows.append(row | {"artefacts": made_by(name)})
-        if rank() == 0:
-            save_json(out, {"format": "ftp-eval-1", "config": config, "rows": rows})
+        done[name] = rows[-1]
+        save_progress(state, "ftp-eval-state-1", {"settings": settings, "rows": list(done.values())}, f"{len(done)} rows")
         print(f"{name}: {row['seconds']} s", flush=True)
     print(table(rows, tasks, texts))
     if args.floor and tasks:

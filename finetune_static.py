@@ -13,7 +13,7 @@ from pathlib import Path
 from common import Parser, check, rank, routing_of, run, start
 from data import load_samples, load_tokenizer
 from model_ftp import Router, Schedule
-from search_scheduler import GRAIN, Fitness, check_flags, data_pair, evolve, mutate, repair, search_flags, work
+from search_scheduler import GRAIN, Fitness, check_flags, data_pair, evolve, mutate, repair, resume_key, search_flags, work
 
 
 def main():
@@ -34,7 +34,7 @@ def main():
     found = repair([s * GRAIN for s in schedule.sparsity], total, top, rng)
     fitness, watch = Fitness(model, fit, router, **routing), Fitness(model, held, router, max_entries=0, spread=True, **routing)
     others = [mutate(found, total, top, rng, args.move * GRAIN) for _ in range(args.population - 1)]
-    settings = {k: v for k, v in vars(args).items() if k not in ("resume", "evaluations", "threads", "out_dir")}
+    settings = resume_key(args, model, routing, fit, held)
     best, history = evolve(fitness, watch, [found, *others], total, top, args, Path(args.out_dir) / "finetune_state.json",
                            settings | {"schedule_id": schedule.id, "router_id": router.id})
     before, after = watch.items(found), watch.items(best["units"])

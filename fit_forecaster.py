@@ -92,7 +92,8 @@ def fit(model, samples, held, rank, schedule=None, router="static", seed=0):
         dense, routed = ([p.to(model.place_of(l)) for p in part] for part in (dense, routed))
         after = [model.step(l, p) for p in dense]
         pick = lambda h: ([x for x, is_held in zip(part, held_out) if is_held == h] for part in (routed, dense, after))
-        *f_l, ridge, wrong = solve(*moments(model, l, *pick(False)), moments(model, l, *pick(True)), rank)
+        xx, xy, yy = moments(model, l, *pick(False))
+        *f_l, ridge, wrong = solve(xx, xy, yy, moments(model, l, *pick(True)), rank)
         for whole, mine in zip((f.a, f.b, f.c), f_l):
             whole[l] = mine.float()
         ridges.append(ridge)

@@ -41,7 +41,7 @@ class FTPLM(TemplateLM):
     """
     def __init__(self, pretrained="smollm2", schedule=None, router="static", prefill="topk", decode="dense", kv="drop", one_pass=False, score=None,
                  forecaster=None, protocol="causal", max_length=None, scored=256, max_tokens=2048, dtype="float32", device=None, seed=0,
-                 batch_size=None, max_batch_size=None):
+                 mismatch=False, batch_size=None, max_batch_size=None):
         super().__init__()
         check(protocol in ("causal", "joint"), f"protocol={protocol}: unknown; choose from causal, joint")
         check(min(scored, max_tokens) > 0, f"scored={scored},max_tokens={max_tokens}: must be at least 1")
@@ -52,7 +52,8 @@ class FTPLM(TemplateLM):
         self.model = FTPModel.from_pretrained(pretrained, dtype, self._device)
         check(router == "static" or schedule is not None, f"router={router}: it needs the schedule it was trained with; give schedule=")
         router = Router.load(router) if router not in ("static", "random", "attention") else router
-        self.model.use(schedule, router, prefill=prefill, decode=decode, kv=kv, one_pass=one_pass, score=score, forecaster=forecaster, seed=seed)
+        self.model.use(schedule, router, prefill=prefill, decode=decode, kv=kv, one_pass=one_pass, score=score, forecaster=forecaster, seed=seed,
+                       mismatch=mismatch)
         self.tokenizer, self.protocol, self.scored, self.max_tokens, self.seed = load_tokenizer(pretrained), protocol, scored, max_tokens, seed
         self.max_length = max_length or self.model.config.max_len
         check(1 < self.max_length <= self.model.config.max_len, f"max_length={max_length}: must lie between 2 and the model's {self.model.config.max_len}")
@@ -113,8 +114,8 @@ class FTPLM(TemplateLM):
         """Texts generated after each context, up to a stop sequence; greedy unless the task samples (then one by one, seeded)."""
         out, asked = [None] * len(requests), [r.args for r in requests]
         setting = lambda i: json.dumps(asked[i][1], sort_keys=True)
-        for _, group in itertools.groupby(sorted(range(len(asked)), key=setting), setting):
-            group = list(group)
+        for _, same in itertools.groupby(sorted(range(len(asked)), key=setting), setting):
+            group = list(same)
             kw = normalize_gen_kwargs(asked[group[0]][1])
             sampled, limit = kw["do_sample"], kw["max_gen_toks"]
             until = handle_stop_sequences(list(kw["until"]), self.tokenizer.eos_token)

@@ -9,6 +9,7 @@ Sequences of a batch are packed, never padded: hidden states are (N, d) with N t
 sequences one after the other, so a batch mate or a pad can't reach a result. A skipped token is not
 multiplied by zero, it is absent: a block runs on the gathered rows of its kept tokens.
 """
+import contextlib
 import hashlib
 import json
 import math
@@ -38,42 +39,128 @@ NEAR = 64  # tokens within which the absolute distance to a prompt's start and e
 
 class FTPError(ValueError):
     """An expected mistake: its text is one line that names the flag or file and the mend."""
+    rank = -1  # of several processes the one that made it, once the others know
 
 
 # ------------------------------------------------------------------------------------------------
 # files
 
+def save_files(files):
+    """Write {path: function of a temporary path}, all to temporary files and then renamed in this order: whatever ends the run, each
+    path holds its old content or the whole new one. FTPError when the disk is full or the folder can't be written."""
+    parts = {Path(p): Path(f"{p}.tmp") for p in files}
+    try:
+        for (path, part), fill in zip(parts.items(), files.values()):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            fill(part)
+            with open(part, "rb") as f:
+                os.fsync(f.fileno())  # a crash of the machine must not rename an empty file either
+    except BaseException as e:
+        for part in parts.values():
+            with contextlib.suppress(OSError):
+                part.unlink()
+        if isinstance(e, (OSError, SafetensorError)):
+            raise FTPError(f"--out_dir: {next(iter(parts))} can't be written ({e}); make room or give another folder; an older file there "
+                           "is untouched") from None
+        raise
+    for path, part in parts.items():
+        os.replace(part, path)
+
+
 def save_json(path, obj):
     """Write JSON atomically: a reader sees the old file or the whole new one."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tmp = path.with_name(path.name + ".tmp")
-    tmp.write_text(json.dumps(obj, indent=1) + "\n")
-    os.replace(tmp, path)
+    save_files({path: lambda part: part.write_text(json.dumps(obj, indent=1) + "\n")})
+
+
+def tensors_id(tensors):
+    """Hash of {name: tensor}, which ties weights to their twin."""
+    h = hashlib.sha256()
+    for name, t in sorted(tensors.items()):
+        h.update(name.encode() + t.detach().float().cpu().numpy().tobytes())
+    return h.hexdigest()[:12]
 
 
 def save_tensors(path, tensors, twin):
     """Write path.safetensors (float32) and its readable JSON twin, each atomically."""
-    path = Path(path).with_suffix(".safetensors")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tmp = path.with_name(path.name + ".tmp")
-    save_file({k: v.detach().float().cpu().contiguous() for k, v in tensors.items()}, tmp)
-    os.replace(tmp, path)
-    save_json(path.with_suffix(".json"), twin)
+    path, tensors = Path(path).with_suffix(".safetensors"), {k: v.detach().float().cpu().contiguous() for k, v in tensors.items()}
+    twin = {**twin, "id": tensors_id(tensors)}
+    save_files({path: lambda part: save_file(tensors, part),
+                path.with_suffix(".json"): lambda part: part.write_text(json.dumps(twin, indent=1) + "\n")})
 
 
-def load_json(path, kind, flag):
-    """Read an artefact whose "format" is `kind`; FTPError names `flag` when it isn't one."""
+def misfit(o, form, at="it"):
+    """Where a JSON value departs from its form, in words, or None. Forms: float (any finite number), int (whole, 0 or more), str, bool,
+    dict, list, None; {key: form}, where more keys may stand; [form], a list of them; (form, form), either."""
+    if isinstance(form, dict) and isinstance(o, dict):
+        return next((m for k, f in form.items() if (m := misfit(o.get(k), f, f"{at}.{k}"))), None)
+    if isinstance(form, list) and isinstance(o, list):
+        return next((m for i, v in enumerate(o) if (m := misfit(v, form[0], f"{at}[{i}]"))), None)
+    if isinstance(form, tuple):
+        return None if any(misfit(o, f) is None for f in form) else misfit(o, form[0], at)
+    number = isinstance(o, (int, float)) and not isinstance(o, bool)
+    good = {float: number and abs(o) < 1e300, int: number and isinstance(o, int) and 0 <= o < 2 ** 63, None: o is None}
+    if good[form] if form is None or form in (float, int) else isinstance(form, type) and isinstance(o, form):
+        return None
+    kind = {float: "a finite number", int: "a whole number of at least 0"}.get(form) if isinstance(form, type) else None
+    return f"{at} is {str(o)[:40]!r}, not {kind or getattr(form, '__name__', type(form).__name__)}"
+
+
+FINGERPRINT = {"config": str, "norm": [float]}
+
+
+def load_json(path, kind, flag, form=None):
+    """Read an artefact whose "format" is `kind` and whose fields have the `form` of misfit(); FTPError names `flag` and the field."""
     try:
-        obj = json.loads(Path(path).read_text())
+        obj = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise FTPError(f"{flag}: no file {path}; run the stage that writes it, or give its path") from None
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, RecursionError) as e:
         raise FTPError(f"{flag}: {path} is not readable JSON ({e}); make it again") from None
     if not isinstance(obj, dict) or obj.get("format") != kind:
-        found = obj.get("format") if isinstance(obj, dict) else type(obj).__name__
+        found = str(obj.get("format"))[:40] if isinstance(obj, dict) else type(obj).__name__
         raise FTPError(f"{flag}: {path} is no {kind} file (found {found}); give the right file")
+    if wrong := misfit(obj, form or {}):
+        raise FTPError(f"{flag}: {path} is damaged ({wrong}); make it again")
     return obj
+
+
+def read_tensors(path, flag):
+    """{name: tensor} and the metadata of a safetensors file; FTPError names `flag`."""
+    try:
+        with safe_open(path, "pt") as f:
+            return {k: f.get_tensor(k) for k in f.keys()}, f.metadata() or {}
+    except FileNotFoundError:
+        raise FTPError(f"{flag}: no file {path}; run the stage that writes it, or give its path") from None
+    except (OSError, ValueError, RuntimeError, SafetensorError) as e:
+        raise FTPError(f"{flag}: {path} is damaged ({(str(e).splitlines() or [type(e).__name__])[0]}); make it again") from None
+
+
+def load_tensors(path, kind, flag, form):
+    """What save_tensors() wrote -> {name: tensor}, twin. Weights and twin of different runs are refused; where a run was killed between
+    its two renames, the twin still lies beside the old one under its temporary name."""
+    path, wrong = Path(path).with_suffix(".safetensors"), None
+    tensors, _ = read_tensors(path, flag)
+    for twin in (path.with_suffix(".json"), path.with_suffix(".json.tmp")):
+        try:
+            o = load_json(twin, kind, flag, form)
+            if o.get("id") in (None, tensors_id(tensors)):
+                return tensors, o
+            wrong = wrong or FTPError(f"{flag}: {path} and {twin.name} are damaged, or not of one run; make them again")
+        except FTPError as e:
+            wrong = wrong or e
+    assert wrong is not None
+    raise wrong
+
+
+def check_tensors(tensors, shapes, what):
+    """FTPError unless `tensors` has exactly the names and `shapes`, in float32 and finite."""
+    for name in sorted(tensors.keys() | shapes.keys()):
+        t = tensors.get(name)
+        why = ("is missing" if t is None else "is unknown" if name not in shapes else
+               f"has shape {tuple(t.shape)}, not {tuple(shapes[name])}" if t.shape != tuple(shapes[name]) else
+               f"is {t.dtype}, not float32" if t.dtype != torch.float32 else None if t.isfinite().all() else "has NaN or infinite values")
+        if why:
+            raise FTPError(f"{what}: tensor {name} {why}; make it again")
 
 
 def check_fingerprint(made_for, model_print, what):
@@ -115,6 +202,10 @@ class Config:
     def from_hf(cls, c, source="--model", generation=None):
         """Config from the dict `c` of a config.json; the end tokens of `generation`, the dict of a generation_config.json, are added.
         FTPError names any feature this model file lacks."""
+        whole = ("max_position_embeddings", "sliding_window", "no_rope_layer_interval")
+        if wrong := misfit(c, {"model_type": str, "rope_parameters": (dict, None), "rope_scaling": (dict, None), "no_rope_layers": ([int], None)}
+                           | dict.fromkeys(whole, (int, None))) or misfit(generation or {}, {}, "generation_config.json"):
+            raise FTPError(f"{source}: config.json is damaged ({wrong}); give a Hugging Face model folder")
         sliced = c.get("model_type") == "slicegpt"
         kind = c.get("sliced_from") if sliced else c.get("model_type")
         if kind not in cls.FAMILIES:
@@ -127,7 +218,7 @@ class Config:
         for bad, why in ((c.get("hidden_act", "silu") != "silu", f"hidden_act {c.get('hidden_act')!r}"),
                          (kind != "qwen2" and c.get("attention_bias"), "attention_bias"),
                          (c.get("mlp_bias"), "mlp_bias"),
-                         (window and window < max_len, f"sliding-window attention ({window} of {max_len} tokens; within the window it changes "
+                         (window and window < (max_len or 0), f"sliding-window attention ({window} of {max_len} tokens; within the window it changes "
                           f"nothing, so \"max_position_embeddings\": {window} in config.json would do)"),
                          (c.get("quantization_config"), "a quantised checkpoint"),
                          ((rope.get("partial_rotary_factor") or c.get("partial_rotary_factor") or 1) != 1, "partial_rotary_factor"),
@@ -137,16 +228,28 @@ class Config:
         try:
             d, h, n = c["hidden_size"], c["num_attention_heads"], c["num_hidden_layers"]
             ends = [e for o in (c, generation or {}) for e in (o.get("eos_token_id"),) if e is not None]
-            rotary = c.get("no_rope_layers") or [(l + 1) % c.get("no_rope_layer_interval", 4) for l in range(n)]
-            return cls(c["vocab_size"], d, c["intermediate_size"], n, h,
+            layers = range(min(n, 1000) if kind == "smollm3" else 0)  # more are refused below
+            rotary = c.get("no_rope_layers") or [(l + 1) % c.get("no_rope_layer_interval", 4) for l in layers]
+            made = cls(c["vocab_size"], d, c["intermediate_size"], n, h,
                        c.get("num_key_value_heads") or h, c.get("head_dim") or d // h, c.get("rms_norm_eps", 1e-6),
                        rope.get("rope_theta") or c.get("rope_theta") or (2e6 if kind == "smollm3" else 1e4),
                        rope if rope_type == "llama3" else None, kind == "qwen2",
                        bool(c.get("tie_word_embeddings", kind == "smollm3")), max_len,
                        tuple(sorted({t for e in ends for t in (e if isinstance(e, list) else [e])})),
-                       kind == "qwen3", tuple(l for l in range(n) if not rotary[l]) if kind == "smollm3" else (), sliced, c.get("widths"))
-        except KeyError as e:
-            raise FTPError(f"{source}: config.json has no {e}; give a complete LLaMA-family folder") from None
+                       kind == "qwen3", tuple(l for l in layers if not rotary[l]), sliced, c.get("widths"))
+        except (KeyError, IndexError, TypeError, ZeroDivisionError) as e:
+            raise FTPError(f"{source}: config.json has no usable {e}; give a complete LLaMA-family folder") from None
+        sizes = ("vocab_size", "hidden_size", "intermediate_size", "n_layer", "n_head", "n_kv_head", "head_dim", "max_len")
+        scale = dict.fromkeys(("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"), float)
+        wrong = misfit(asdict(made) | {"eos": list(made.eos)}, dict.fromkeys(sizes, int) | {
+            "rms_eps": float, "rope_theta": float, "rope_scaling": (None, scale), "eos": [int], "widths": ([[int]], None)}, "config.json")
+        if not wrong and not (all(0 < getattr(made, k) < 1 << 31 for k in sizes) and made.n_layer <= 1000 and made.n_head % made.n_kv_head == 0
+                              and made.head_dim % 2 == 0 and made.rope_theta > 0 and made.rms_eps >= 0
+                              and (made.widths is None or [len(w) for w in made.widths] == [2] * made.n_layer and min(map(min, made.widths)) > 0)):
+            wrong = f"sizes out of range: {made}"
+        if wrong:
+            raise FTPError(f"{source}: {wrong}; give a complete LLaMA-family folder")
+        return made
 
     def block(self, l):
         """The config of block l."""
@@ -263,12 +366,12 @@ class Schedule:
 
     def __post_init__(self):
         s = self.sparsity
-        if not isinstance(s, list) or not s or not all(isinstance(v, (int, float)) and 0 <= v <= 1 for v in s):
+        if misfit(s, [float]) or not s or not all(0 <= v <= 1 for v in s):
             raise FTPError("--schedule: sparsities must be a list of numbers in [0, 1]; make the schedule again")
         if s[0] not in (0, 1):
             raise FTPError("--schedule: block 0 must have sparsity 0 (no attention score exists before it)")
         t = self.decode_threshold
-        if t is not None and not (isinstance(t, list) and len(t) == len(s) and all(isinstance(v, (int, float)) for v in t)):
+        if t is not None and (misfit(t, [float]) or len(t) != len(s)):
             raise FTPError("--schedule: decode_threshold must hold one number a block; make the schedule again")
         t = self.parts
         if t is not None and not (isinstance(t, list) and len(t) == len(s) and all(v in ("both", "attention", "mlp") for v in t)):
@@ -298,11 +401,9 @@ class Schedule:
 
     @classmethod
     def load(cls, path):
-        o = load_json(path, "ftp-schedule-1", "--schedule")
-        try:
-            return cls(o["sparsity"], o["fingerprint"], o.get("decode_threshold"), o.get("router_id"), o.get("meta", {}), o.get("parts"))
-        except KeyError as e:
-            raise FTPError(f"--schedule: {path} has no {e}; make it again") from None
+        o = load_json(path, "ftp-schedule-1", "--schedule", {"sparsity": [float], "fingerprint": FINGERPRINT, "meta": (dict, None), "parts": ([str], None),
+                                                             "decode_threshold": ([float], None), "router_id": (str, None)})
+        return cls(o["sparsity"], o["fingerprint"], o.get("decode_threshold"), o.get("router_id"), o.get("meta") or {}, o.get("parts"))
 
     def save(self, path):
         save_json(path, {"format": "ftp-schedule-1", "mean": self.mean, **asdict(self)})
@@ -338,10 +439,7 @@ class Router(nn.Module):
 
     @property
     def id(self):
-        h = hashlib.sha256()
-        for name, p in sorted(self.state_dict().items()):
-            h.update(name.encode() + p.detach().float().cpu().numpy().tobytes())
-        return h.hexdigest()[:12]
+        return tensors_id(self.state_dict())
 
     def forward(self, l, f, h=None):
         """f (N, n_inputs), h (N, width) or None -> logits (N, 2), new h. The decision of block l."""
@@ -378,19 +476,30 @@ class Router(nn.Module):
         save_tensors(path, self.state_dict(), {
             "format": "ftp-router-1", "fingerprint": self.fingerprint, "kind": self.kind, "inputs": list(self.inputs),
             "width": self.width, "score": self.score, "n_layer": self.n_layer, "hidden_size": self.hidden_size,
-            "parameters": sum(p.numel() for p in self.parameters()), "id": self.id, "meta": self.meta})
+            "parameters": sum(p.numel() for p in self.parameters()), "meta": self.meta})
 
     @classmethod
     def load(cls, path):
-        path = Path(path).with_suffix(".safetensors")
-        o = load_json(path.with_suffix(".json"), "ftp-router-1", "--router")
+        tensors, o = load_tensors(path, "ftp-router-1", "--router", {
+            "kind": str, "inputs": [str], "width": int, "score": (int, str), "n_layer": int, "hidden_size": int, "fingerprint": FINGERPRINT,
+            "meta": ({"decode_threshold": ([float], None), "schedule_id": (str, None), "settings": (dict, None)}, None)})
+        meta = o.get("meta") or {}
+        unknown = [i for i in o["inputs"] if i not in (*INPUTS, "hidden")]
+        for bad, why in ((unknown, f"it reads unknown inputs {', '.join(unknown)[:80]}"), (not o["inputs"], "it has no inputs"),
+                         (o["kind"] not in cls.KINDS, f"it is of an unknown kind {o['kind'][:40]!r}"),
+                         (not 0 < o["n_layer"] < 10_000, "n_layer is out of range"),
+                         (o["score"] != "mean" and not (isinstance(o["score"], int) and o["score"] > 0), "score is neither a window nor mean"),
+                         (len(meta.get("decode_threshold") or range(o["n_layer"])) != o["n_layer"], "decode_threshold has another number of blocks")):
+            if bad:
+                raise FTPError(f"--router: {path}: {why}; train it again")
         try:
-            shape = type("shape", (), {"n_layer": o["n_layer"], "hidden_size": o["hidden_size"]})
-            r = cls(shape, o["fingerprint"], o["kind"], o["inputs"], o["width"], o["score"], o.get("meta"))
-            with safe_open(path, "pt") as f:
-                r.load_state_dict({k: f.get_tensor(k) for k in f.keys()})
-        except (KeyError, TypeError, RuntimeError, OSError, SafetensorError) as e:
-            raise FTPError(f"--router: {path} is damaged or has no twin ({str(e).splitlines()[0]}); train it again") from None
+            with torch.device("meta"):  # no storage before the shapes are known to be those of the file
+                r = cls(type("shape", (), {"n_layer": o["n_layer"], "hidden_size": o["hidden_size"]}), o["fingerprint"], o["kind"], o["inputs"],
+                        o["width"], o["score"], meta)
+        except (RuntimeError, ZeroDivisionError, TypeError) as e:
+            raise FTPError(f"--router: {path} is damaged ({str(e).splitlines()[0]}); train it again") from None
+        check_tensors(tensors, {k: v.shape for k, v in r.state_dict().items()}, f"--router: {path}")
+        r.load_state_dict(tensors, assign=True)
         return r
 
 
@@ -414,7 +523,8 @@ class Forecaster:
         return self.a.shape[1]
 
     def to(self, device, dtype):
-        return Forecaster(*(t.to(device, dtype) for t in (self.a, self.b, self.c)), self.fingerprint, self.meta)
+        a, b, c = (t.to(device, dtype) for t in (self.a, self.b, self.c))
+        return Forecaster(a, b, c, self.fingerprint, self.meta)
 
     def __call__(self, l, x):
         """Tokens x (N, d) that skip block l -> their update (N, d), correction of keys and values (N, 2 * n_kv_head * head_dim)."""
@@ -426,19 +536,16 @@ class Forecaster:
         save_tensors(path, {"a": self.a, "b": self.b, "c": self.c}, {
             "format": "ftp-forecaster-2", "fingerprint": self.fingerprint, "rank": self.rank, "meta": self.meta})
 
+    @property
+    def id(self):
+        return tensors_id({"a": self.a, "b": self.b, "c": self.c})
+
     @classmethod
     def load(cls, path):
-        path = Path(path).with_suffix(".safetensors")
-        o = load_json(path.with_suffix(".json"), "ftp-forecaster-2", "--forecaster")
-        try:
-            with safe_open(path, "pt") as f:
-                t = {k: f.get_tensor(k) for k in "abc"}
-            (n, d, r), e = t["a"].shape, t["c"].shape[-1]
-            if not all(v.isfinite().all() for v in t.values()) or t["b"].shape != (n, r, e) or t["c"].shape != (n, e) or e <= d:
-                raise ValueError("shapes or values are wrong")
-            return cls(t["a"], t["b"], t["c"], o["fingerprint"], o.get("meta"))
-        except (KeyError, ValueError, OSError, SafetensorError) as e:
-            raise FTPError(f"--forecaster: {path} is damaged ({str(e).splitlines()[0]}); fit it again") from None
+        t, o = load_tensors(path, "ftp-forecaster-2", "--forecaster", {"fingerprint": FINGERPRINT, "rank": int, "meta": (dict, None)})
+        n, d, e = (list(t[k].shape[i:i + 1] if k in t else ()) for k, i in (("a", 0), ("a", 1), ("c", 1)))  # as far as there are any
+        check_tensors(t, {"a": (*n, *d, o["rank"]), "b": (*n, o["rank"], *e), "c": (*n, *e)}, f"--forecaster: {path}")
+        return cls(t["a"], t["b"], t["c"], o["fingerprint"], o.get("meta"))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -452,7 +559,8 @@ class KVCache:
     """
     def __init__(self, config, rows, dtype):
         self.config, self.rows, self.dtype = config, rows, dtype
-        self.k, self.v = [None] * config.n_layer, [None] * config.n_layer
+        self.k: list = [None] * config.n_layer
+        self.v: list = [None] * config.n_layer
         self.len = np.zeros((config.n_layer, rows), dtype=np.int64)
         self.seen = np.zeros(rows, dtype=np.int64)    # tokens that went by, the next position
 
@@ -509,6 +617,8 @@ class Pass:
     are decoded tokens, each routed by itself from what exists at its time (method section 6). score and rank (N,) are
     the router's factors 2 and 3. A Pass is replaced, never written to: keeping one keeps the state before a block.
     """
+    rope: torch.Tensor  # (2, N, head_dim), see rotate(); set by FTPModel.begin()
+
     def __init__(self, x, n, n_set, cache, slots, own_scores):
         dev = x.device
         self.full, self.held, self.n, self.n_set, self.cache, self.slots = x, None, n, n_set, cache, slots
@@ -932,7 +1042,7 @@ class FTPModel(nn.Module):
         for name in ("config.json", "generation_config.json"):
             try:
                 read[name] = json.loads((folder / name).read_text()) if name == "config.json" or (folder / name).exists() else {}
-            except (OSError, ValueError) as e:
+            except (OSError, ValueError, RecursionError) as e:
                 raise FTPError(f"--model: {folder}/{name} is not readable ({e}); give a Hugging Face model folder") from None
         with torch.device("meta"):
             model = cls(Config.from_hf(read["config.json"], f"--model {path}", read["generation_config.json"]))
@@ -946,8 +1056,12 @@ class FTPModel(nn.Module):
         try:
             for file in weight_files(folder):
                 with safe_open(file, "pt") as f:
-                    names = [n for n in f.keys() if n in want]
+                    names = list(f.keys())
                 for name in names:
+                    if name not in want and name.startswith("model.") and not name.endswith("inv_freq"):
+                        raise FTPError(f"--model: {file.name} has a tensor {name} twice, or one that this family has not; give a plain checkpoint")
+                    if name not in want:
+                        continue
                     mine, rows = want.pop(name)
                     owner, leaf = model.get_submodule(mine.rpartition(".")[0]), mine.rpartition(".")[2]
                     if getattr(owner, leaf).is_meta:
@@ -960,15 +1074,20 @@ class FTPModel(nn.Module):
                         raise FTPError(f"--model: {name} in {file.name} has shape {tuple(t.shape)}, config.json asks for "
                                        f"{tuple(place.shape)}; give a matching folder")
                     place.copy_(t)
-        except (OSError, SafetensorError) as e:
-            raise FTPError(f"--model: {file} is damaged ({e}); fetch it again") from None
+                    if not all(v.isfinite() for v in place.aminmax()):  # one pass, no copy; both are NaN where one value is
+                        raise FTPError(f"--model: {name} in {file.name} has NaN or infinite values; fetch it again")
+        except (OSError, ValueError, RuntimeError, SafetensorError) as e:
+            if isinstance(e, FTPError):
+                raise
+            raise FTPError(f"--model: {file} is damaged ({(str(e).splitlines() or [type(e).__name__])[0]}); fetch it again") from None
         if want:
             raise FTPError(f"--model: {folder} lacks {len(want)} tensors, the first {next(iter(want))}; give the whole checkpoint")
         if model.config.tied:
             model.head.weight = model.embed.weight
         model.name = str(path)
         if (folder / "ftp" / "ftp.json").exists():
-            o = load_json(folder / "ftp" / "ftp.json", "ftp-export-1", "--model")
+            o = load_json(folder / "ftp" / "ftp.json", "ftp-export-1", "--model", {
+                "router": (str, None), "forecaster": (str, None), "routing": {"prefill": str, "decode": str, "kv": str, "one_pass": bool}})
             router, forecaster = (v if v in (None, "static") else folder / "ftp" / v for v in (o["router"], o["forecaster"]))
             model.use(folder / "ftp" / "schedule.json", router, forecaster=forecaster, **o["routing"])
         return model.eval()
@@ -1008,7 +1127,7 @@ class FTPModel(nn.Module):
     # -- routing
 
     def use(self, schedule=None, router="static", *, prefill="topk", decode="dense", kv="drop", one_pass=False, score=None,
-            forecaster=None, seed=0, removal="whole"):
+            forecaster=None, seed=0, removal="whole", mismatch=False):
         """Set how tokens are routed from now on; use() alone goes back to dense. Returns self.
 
         schedule: Schedule or path. router: Router or path, "static" (position only), "random", "attention" (by score), "progressive" (by the
@@ -1019,6 +1138,7 @@ class FTPModel(nn.Module):
         forecaster: Forecaster or path; skipped tokens then take its forecast instead of staying as they are.
         removal: whether the blocks and sub-blocks that a schedule removes are absent for every token ("whole") or for prompts alone
         ("prompt"): then decoded tokens run them, over the keys of decoded tokens (under kv "keep" over all).
+        mismatch: run a router under another kv, one_pass or presence of a forecaster than it was trained with.
         """
         schedule = Schedule.load(schedule) if isinstance(schedule, (str, Path)) else schedule
         if isinstance(router, (str, Path)) and router not in SELECTIONS:
@@ -1039,6 +1159,14 @@ class FTPModel(nn.Module):
                 raise FTPError(f"--schedule: it has {len(schedule.sparsity)} blocks, the model {self.config.n_layer}")
             if learned:
                 check_fingerprint(router.fingerprint, self.fingerprint, "--router: it")
+                if (router.n_layer, router.hidden_size) != (self.config.n_layer, self.config.hidden_size):
+                    raise FTPError(f"--router: it is for {router.n_layer} blocks of width {router.hidden_size}, the model has "
+                                   f"{self.config.n_layer} of {self.config.hidden_size}")
+                now, trained = {"kv": kv, "one_pass": one_pass, "forecaster": forecaster is not None}, router.meta.get("settings") or {}
+                was = {k: bool(trained[k]) if k == "forecaster" else trained[k] for k in now if k in trained and not mismatch}
+                if differ := [k for k in was if was[k] != now[k]]:
+                    raise FTPError("--router: it was trained with " + ", ".join(f"--{k} {was[k]}" for k in differ) + ", this is "
+                                   + ", ".join(f"--{k} {now[k]}" for k in differ) + "; give what it was trained with, or --mismatch to run it all the same")
                 router = router.to(self.device)
                 if schedule.router_id == router.id:
                     thresholds = schedule.decode_threshold
@@ -1048,7 +1176,8 @@ class FTPModel(nn.Module):
             forecaster = Forecaster.load(forecaster)
         if forecaster is not None:
             check_fingerprint(forecaster.fingerprint, self.fingerprint, "--forecaster: it")
-            if forecaster.c.shape != (self.config.n_layer, self.config.hidden_size + self.config.kv_bytes(1, 1)):
+            if (forecaster.a.shape[:2], forecaster.c.shape[1]) != ((self.config.n_layer, self.config.hidden_size),
+                                                                   self.config.hidden_size + self.config.kv_bytes(1, 1)):
                 raise FTPError("--forecaster: its shape does not fit the model; fit it again with fit_forecaster.py")
             if forecaster.c.device != self.device or forecaster.c.dtype != self.dtype:
                 forecaster = forecaster.to(self.device, self.dtype)
@@ -1170,15 +1299,16 @@ class FTPModel(nn.Module):
         if not seqs or not all(len(s) for s in seqs):
             raise FTPError("empty prompt: every sequence needs at least one token")
         ids = torch.tensor([t for s in seqs for t in s], device=self.device)
-        if int(ids.max()) >= self.config.vocab_size or int(ids.min()) < 0:
-            raise FTPError(f"token id {int(ids.max())} is outside the vocabulary of {self.config.vocab_size}; use the model's tokenizer")
+        low, high = int(ids.min()), int(ids.max())
+        if high >= self.config.vocab_size or low < 0:
+            raise FTPError(f"token id {low if low < 0 else high} is outside the vocabulary of {self.config.vocab_size}; use the model's tokenizer")
         slots = np.arange(len(seqs)) if slots is None else np.asarray(slots)
         self._random.manual_seed(hash((self.seed, *(tuple(s[:n]) for s, n in zip(seqs, n_set)))))  # by the prompts: what ran before changes nothing
         p = Pass(F.embedding(ids, self.embed.weight), [len(s) for s in seqs], n_set, cache, slots, self.decode == "threshold")
         if p.has_past and p.any_set:
             raise FTPError("a prompt is routed as a whole: it can't be added to a filled cache")
         if p.end > self.config.max_len:
-            raise FTPError(f"{p.end} tokens are more than the model's {self.config.max_len}; shorten the prompt")
+            raise FTPError(f"{p.end} tokens are more than the model's {self.config.max_len} (max_position_embeddings); shorten the text")
         if self._rope is None or self._rope.shape[1] < p.end or self._rope.device != ids.device or self._rope.dtype != self.dtype:
             angle = torch.arange(max(2 * p.end, 256))[:, None] * rope_frequencies(self.config)
             cos, sin = angle.cos(), angle.sin()
@@ -1243,6 +1373,25 @@ class FTPModel(nn.Module):
             width = math.inf if self.score_window == "mean" else self.score_window
             st.flops["prefill"] += c.score_flops(1, sum(min(m, width) * m for m in sets))
 
+    def through(self, p, masked=False):
+        """Run all blocks: Pass -> Pass. FTPError naming the first block whose output is NaN or infinite: a sum of the last states tells
+        that there is one, and only then the pass is run again to find it."""
+        q, mark = p, p.cache.mark() if p.cache is not None else None
+        for l in range(self.config.n_layer):
+            q = self.step(l, q, masked)
+        if q.x.sum(dtype=torch.float32).isfinite():
+            return q
+        if mark is not None:
+            p.cache.rewind(mark)
+        bad = next((l for l in range(self.config.n_layer) if not (p := self.step(l, p, masked)).x.isfinite().all()), None)
+        if bad is None:
+            return q  # finite values whose sum is not
+        if mark is not None:
+            p.cache.rewind(mark)
+        rows = (~p.x.isfinite().all(1)).nonzero()[:, 0]
+        raise FTPError(f"NaN or infinite activations after block {bad}, in {len(rows)} of {len(p.x)} tokens, the first at position "
+                       f"{int(p.pos[rows[0]])} of sequence {int(p.seq[rows[0]])}; use --dtype float32, and check the forecaster if there is one")
+
     def logits(self, x):
         """Next-token logits (M, vocab) of hidden states x (M, d) as they leave the last block."""
         return self.head(self.norm(x.to(self.norm.weight.device)).to(self.head.weight.device))
@@ -1253,9 +1402,7 @@ class FTPModel(nn.Module):
         Returns logits of the packed rows `rows` (all by default). Equal to a prefill followed by decoding those tokens.
         """
         with torch.no_grad():
-            p = self.begin(list(seqs), list(n_prompt))
-            for l in range(self.config.n_layer):
-                p = self.step(l, p, masked)
+            p = self.through(self.begin(list(seqs), list(n_prompt)), masked)
             return self.logits(p.x if rows is None else p.x[rows])
 
     def response_states(self, samples, max_tokens=2048, joint=False):
@@ -1264,9 +1411,7 @@ class FTPModel(nn.Module):
         states, owner = [], []
         with torch.inference_mode():
             for first, group in batches(samples, max_tokens):
-                p, (rows, whose) = self.begin_samples(group, joint), response_rows(group)
-                for l in range(self.config.n_layer):
-                    p = self.step(l, p)
+                p, (rows, whose) = self.through(self.begin_samples(group, joint)), response_rows(group)
                 states.append(p.x[rows])
                 owner.append(whose + first)
         return torch.cat(states), torch.cat(owner)
@@ -1274,11 +1419,19 @@ class FTPModel(nn.Module):
     def begin_samples(self, samples, joint=False):
         return self.begin([a + b for a, b in samples], [len(a) + len(b) * joint for a, b in samples])
 
-    def forward(self, input_ids, n_prompt=None, masked=False):
+    def forward(self, input_ids, n_prompt=None, masked=False, attention_mask=None):
         """input_ids (B, T) int64 -> logits (B, T, vocab). The first n_prompt tokens (default: all T) are routed as a set,
-        so with a schedule in use only their last position is causal; the rest are routed as decoded tokens."""
+        so with a schedule in use only their last position is causal; the rest are routed as decoded tokens.
+        attention_mask (B, T): 0 at pads, left or right, which are no tokens: they get no position or quota, and logits 0."""
         B, T = input_ids.shape
-        return self.score_rows(input_ids.tolist(), [T if n_prompt is None else n_prompt] * B, masked=masked).view(B, T, -1)
+        real = torch.ones(B, T, dtype=torch.bool) if attention_mask is None else attention_mask.cpu().bool()
+        seqs = [ids[m].tolist() for ids, m in zip(input_ids.cpu(), real)]
+        logits = self.score_rows(seqs, [len(s) if n_prompt is None else min(n_prompt, len(s)) for s in seqs], masked=masked)
+        if attention_mask is None:
+            return logits.view(B, T, -1)
+        out = logits.new_zeros(B, T, logits.shape[1])
+        out[real.to(out.device)] = logits
+        return out
 
     @torch.inference_mode()
     def extend(self, seqs, cache, slots=None, prompt=False, last_only=False):
@@ -1287,9 +1440,7 @@ class FTPModel(nn.Module):
         seqs: one list of token ids a sequence; slots (B,) its cache row, by default in order. Returns packed logits
         (sum of lengths, vocab), or (B, vocab) of the last tokens with last_only.
         """
-        p = self.begin(seqs, [len(s) if prompt else 0 for s in seqs], cache, slots)
-        for l in range(self.config.n_layer):
-            p = self.step(l, p)
+        p = self.through(self.begin(seqs, [len(s) if prompt else 0 for s in seqs], cache, slots))
         cache.seen[p.slots] += p.counts
         return self.logits(p.x[torch.from_numpy(p.counts.cumsum() - 1)] if last_only and len(p.x) > len(seqs) else p.x)
 
@@ -1301,6 +1452,10 @@ class FTPModel(nn.Module):
 
         temperature 0 is greedy. Ends at any of `eos` (default: the model's end tokens), which is yielded.
         """
+        longest = max(map(len, prompts), default=0) + max_new_tokens - 1  # the last new token is not run
+        if longest > self.config.max_len:
+            raise FTPError(f"a prompt of {max(map(len, prompts))} tokens and {max_new_tokens} new ones exceed the model's {self.config.max_len} "
+                           "(max_position_embeddings); shorten the prompt or lower max_new_tokens")
         eos = set(self.config.eos if eos is None else eos)
         rng = torch.Generator(self.head.weight.device).manual_seed(seed)
         self.cache = cache = self.new_cache(len(prompts))
@@ -1350,10 +1505,10 @@ def place_blocks(spec, config, itemsize, free=None):
         places = sorted((l, m[1]) for m in parts if m for l in range(int(m[2]), int(m[3]) + 1))
         if not all(parts) or [l for l, _ in places] != list(range(L)):
             raise FTPError(f"--device_map {spec}: give auto, or each of the blocks 0 to {L - 1} once, like cuda:0=0-{L // 2},cuda:1={L // 2 + 1}-{L - 1}")
-        places = [torch.device(name) for _, name in places]
-        if any(d.type == "cuda" and d.index >= torch.cuda.device_count() for d in places):
+        devices = [torch.device(name) for _, name in places]
+        if any(d.type == "cuda" and d.index >= torch.cuda.device_count() for d in devices):
             raise FTPError(f"--device_map {spec}: there are {torch.cuda.device_count()} GPUs here; name only those")
-        return places
+        return devices
     free = [torch.cuda.mem_get_info(i)[0] for i in range(torch.cuda.device_count())] if free is None else free
     if not free:
         return [torch.device("cpu")] * L
@@ -1436,15 +1591,19 @@ def weight_files(folder):
     if (folder / "model.safetensors").exists():
         return [folder / "model.safetensors"]
     try:
-        files = [folder / n for n in sorted(set(json.loads(index.read_text())["weight_map"].values()))] if index.exists() else []
-    except (ValueError, KeyError, AttributeError) as e:
+        o = json.loads(index.read_text()) if index.exists() else {"weight_map": {}}
+    except (OSError, ValueError, RecursionError) as e:
         raise FTPError(f"--model: {index} is damaged ({e}); fetch it again") from None
+    names = list(o["weight_map"].values()) if misfit(o, {"weight_map": dict}) is None else [None]
+    if misfit(names, [str]):
+        raise FTPError(f"--model: {index} is damaged (no map of file names); fetch it again")
+    files = [folder / n for n in sorted(set(names))]
     files = files or sorted(folder.glob("*.safetensors"))
     if not files:
         raise FTPError(f"--model: no .safetensors file in {folder}; give a folder that has them{PICKLED}")
     for f in files:
-        if not f.exists():
-            raise FTPError(f"--model: {folder} lacks {f.name}, which its index names; fetch the whole checkpoint")
+        if not os.path.exists(f):
+            raise FTPError(f"--model: {folder} lacks {f.name[:60]}, which its index names; fetch the whole checkpoint")
     return files
 
 

@@ -20,9 +20,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from common import Parser, bar, check, gather, rank, routing_of, run, shard, share_stats, start, unshard, world
+from common import Parser, bar, check, digest, gather, load_progress, rank, routing_of, run, save_progress, shard, share_stats, start, unshard, world
 from data import load_samples, load_tokenizer
-from model_ftp import Schedule, batches, by_sample, kl_divergence, load_json, response_rows, save_json
+from model_ftp import FTPError, Schedule, batches, by_sample, kl_divergence, response_rows
 
 GRAIN = 1000  # a schedule is searched as whole thousandths, so that its mean stays exact
 
@@ -61,6 +61,10 @@ class Fitness:
             self.blocks_run += L - first
             kl = [by_sample(kl_divergence(m.logits(x), m.logits(p.x[response_rows(g)[0]])), owner)
                   for g, p, (x, owner) in zip(self.groups, passes, self.teacher)]
+            if not all(v.isfinite().all() for v in kl):  # a candidate of KL NaN would win or lose at random
+                for g in self.groups:
+                    m.through(m.begin_samples(g))
+                raise FTPError("the KL of a candidate is NaN or infinite; use --dtype float32")
             self.known[units] = torch.cat(unshard(kl) if self.spread else kl)
         return self.known[units]
 
@@ -157,18 +161,20 @@ def evolve(fitness, watch, population, total, top, args, state_path, settings):
     Every generation is saved to state_path; with args.resume the search goes on from there, to the same result.
     """
     rng = random.Random(args.seed)
-    generation, stale, spent, history, best = 0, 0, 0, [], None
+    generation, stale, tried, history, best = 0, 0, {}, [], None  # tried: all candidates so far; fitness knows fewer after --resume
     if args.resume and state_path.exists():
-        s = load_json(state_path, "ftp-search-state-1", "--resume")
-        check(s["settings"] == settings, f"--resume: {state_path} belongs to a run with other settings; give them again, or drop --resume")
-        population, generation, stale, spent, history, best = (s[k] for k in ("population", "generation", "stale", "spent", "history", "best"))
+        s = load_progress(state_path, "ftp-search-state-2")
+        check(s["settings"] == settings, f"--resume: {state_path} belongs to a run with other settings, data or artefacts; give them again, or "
+                                         "drop --resume")
+        population, generation, stale, history, best = (s[k] for k in ("population", "generation", "stale", "history", "best"))
+        tried = dict.fromkeys(map(tuple, s["tried"]))
         a, b, c = s["rng"]
         rng.setstate((a, tuple(b), c))
         fitness.candidates(list(map(tuple, population)), lambda: None)  # their results are not stored
-        print(f"resuming at generation {generation}, {spent} evaluations done")
-    progress, t = bar(total=args.evaluations, initial=spent, desc="search", unit="eval"), time.time()
+        print(f"resuming at generation {generation}, {len(tried)} evaluations done")
+    progress, t = bar(total=args.evaluations, initial=len(tried), desc="search", unit="eval"), time.time()
     first = not history
-    while spent < args.evaluations and stale < args.patience:
+    while len(tried) < args.evaluations and stale < args.patience:
         if not first:
             scored = sorted(population, key=fitness)
             children = [list(u) for u in scored[:args.elite]]
@@ -183,10 +189,10 @@ def evolve(fitness, watch, population, total, top, args, state_path, settings):
                     children.append(child)
             population = children
         first = False
-        fresh = [u for u in dict.fromkeys(map(tuple, population)) if u not in fitness.known]
-        fitness.candidates(fresh, progress.update)
-        spent += len(fresh)
-        progress.update(spent - progress.n)
+        some = dict.fromkeys(map(tuple, population))
+        fitness.candidates([u for u in some if u not in fitness.known], progress.update)
+        tried |= some
+        progress.update(len(tried) - progress.n)
         population.sort(key=fitness)
         lead = population[0]
         assert all(sum(u) == total and u[0] == 0 and max(u) <= top for u in population)
@@ -195,13 +201,13 @@ def evolve(fitness, watch, population, total, top, args, state_path, settings):
         if stale == 0:
             best = {"units": lead, "fit": fitness(lead), "watch": held}
         generation += 1
-        history.append({"generation": generation, "evaluations": spent, "fit": fitness(lead), "watch": held, "seconds": round(time.time() - t, 1)})
-        print(f"generation {generation:3d}  evaluations {spent:4d}  KL {fitness(lead):.4f}  watched {held:.4f}  best watched {best['watch']:.4f}"
+        history.append({"generation": generation, "evaluations": len(tried), "fit": fitness(lead), "watch": held, "seconds": round(time.time() - t, 1)})
+        print(f"generation {generation:3d}  evaluations {len(tried):4d}  KL {fitness(lead):.4f}  watched {held:.4f}  best watched {best['watch']:.4f}"
               f"  {60 * len(fitness.known) / max(fitness.seconds, 1e-9):.0f} candidates/min", flush=True)
         a, b, c = rng.getstate()
-        if rank() == 0:
-            save_json(state_path, {"format": "ftp-search-state-1", "settings": settings, "population": population, "generation": generation,
-                                   "stale": stale, "spent": spent, "history": history, "best": best, "rng": [a, list(b), c]})
+        save_progress(state_path, "ftp-search-state-2", {
+            "settings": settings, "population": population, "generation": generation, "stale": stale, "tried": list(tried), "history": history,
+            "best": best, "rng": [a, list(b), c]}, f"generation {generation}, {len(tried)} evaluations")
     progress.close()
     return best, history
 
@@ -224,6 +230,12 @@ def flops_converter(config, T, routing, largest):
     points = [(0.0, 0.0)] + [(g, s) for g, s in zip(gain, grid) if g > 0]
     x, y = zip(*points)
     return lambda u: round(float(np.interp(u, x, y)), 6), int(x[-1])
+
+
+def resume_key(args, model, routing, *data):
+    """What must be equal for a run to go on from another's state: flags, model, forecaster and data."""
+    flags = {k: v for k, v in vars(args).items() if k not in ("resume", "evaluations", "threads", "out_dir")}
+    return flags | {"fingerprint": model.fingerprint, "forecaster_id": routing["forecaster"] and routing["forecaster"].id, "data_digest": digest(data)}
 
 
 def search_flags(p, evaluations, move):
@@ -289,7 +301,7 @@ def main():
         noise = [repair([v * rng.uniform(1 - a, 1 + a) for v in rng.choice(known)], total, top, rng)
                  for a in (0.1, 0.3, 0.7) for _ in range(args.population)]
         rng.shuffle(noise)
-        settings = {k: v for k, v in vars(args).items() if k not in ("resume", "evaluations", "threads", "out_dir")}
+        settings = resume_key(args, model, routing, fit, held)
         best, history = evolve(fitness, watch, (known + noise)[:args.population], total, top, args,
                                Path(out) / "search_state.json", settings)
         units = best["units"]

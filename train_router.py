@@ -16,6 +16,7 @@ Under torchrun the samples of a step are spread over the ranks and the gradients
 one forward a step of one module, but the router is called by each block from within the frozen model and the forecaster is no module;
 and it averages the gradients of the ranks' own losses, while L_s is no mean over samples.
 """
+import json
 import random
 import time
 from pathlib import Path
@@ -23,12 +24,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
-from common import Parser, bar, check, gather, rank, routing_of, run, shard, share_stats, spread_states, start, total, unshard, world
+from common import Parser, bar, check, digest, gather, kept, rank, routing_of, run, shard, share_stats, spread_states, start, total, unshard, world
 from data import load_samples, load_tokenizer
-from model_ftp import FACTORS, FTPError, Router, Schedule, by_quota, by_sample, kl_divergence, load_json, response_rows, save_json
+from model_ftp import FACTORS, Router, Schedule, by_quota, by_sample, kl_divergence, read_tensors, response_rows, save_files, tensors_id
 
 KNOTS = 6
 
@@ -144,19 +144,21 @@ def gumbel(seed, *shape):
     return u.log() - (1 - u).log()
 
 
+def checksum(state, tensors):
+    return digest([state, tensors_id(tensors), sorted([k, str(t.dtype), *t.shape] for k, t in tensors.items())])
+
+
 def save_state(path, learner, optimizer, step, best, history, settings, guide):
-    """All a resumed run needs, as safetensors and JSON; the JSON last, it counts. learner: {name: parameter}."""
-    tensors = {f"learner.{k}": v for k, v in learner.items()}
-    tensors |= {f"best.{k}": v for k, v in best["state"].items()}
-    for i, q in enumerate(learner.values()):
-        tensors |= {f"adam.{i}.{k}": v for k, v in optimizer.state[q].items()}
-    name = f"train_state_{step}.safetensors"
-    save_file({k: v.detach().clone().contiguous() for k, v in tensors.items()}, path.with_name(name))
-    save_json(path, {"format": "ftp-train-state-1", "settings": settings, "step": step, "history": history, "tensors": name, "guide": vars(guide),
-                     "best": {k: v for k, v in best.items() if k != "state"}})
-    for old in path.parent.glob("train_state_*.safetensors"):
-        if old.name != name:
-            old.unlink()
+    """All a resumed run needs, in one file of rank 0, so that nothing of two moments can meet. learner: {name: parameter}."""
+    if rank() > 0:
+        return
+    tensors = {f"learner.{k}": v for k, v in learner.items()} | {f"best.{k}": v for k, v in best["state"].items()}
+    tensors |= {f"adam.{k}.{name}": v for k, q in learner.items() for name, v in optimizer.state[q].items()}
+    state = {"settings": settings, "step": step, "history": history, "guide": vars(guide), "best": {k: v for k, v in best.items() if k != "state"}}
+    tensors = {k: v.detach().cpu().clone().contiguous() for k, v in tensors.items()}
+    meta = {"format": "ftp-train-state-2", "state": json.dumps(state), "digest": checksum(state, tensors)}
+    save_files({path: lambda part: save_file(tensors, part, meta)})
+    kept[path] = f"step {step}"
 
 
 def fill(learner, values):
@@ -167,16 +169,19 @@ def fill(learner, values):
 
 
 def load_state(path, learner, optimizer, settings):
-    s = load_json(path, "ftp-train-state-1", "--resume")
-    check(s["settings"] == settings, f"--resume: {path} belongs to a run with other settings; give them again, or drop --resume")
+    """Take up what save_state() wrote -> step, best, history, guide. FTPError unless it is whole and of a run with these settings."""
+    t, meta = read_tensors(path, "--resume")
+    check(meta.get("format") == "ftp-train-state-2", f"--resume: {path} is no ftp-train-state-2 file; start again without --resume")
     try:
-        t = load_file(path.with_name(s["tensors"]))
-    except (OSError, SafetensorError) as e:
-        raise FTPError(f"--resume: {s['tensors']} is damaged ({e}); start again without --resume") from None
+        s = json.loads(meta["state"])
+    except (KeyError, ValueError, RecursionError):
+        s = None
+    check(meta.get("digest") == checksum(s, t), f"--resume: {path} is damaged; start again without --resume")
+    check(s["settings"] == settings, f"--resume: {path} belongs to a run with other settings, data or artefacts; give them again, or drop --resume")
     part = lambda head: {k.removeprefix(head): v for k, v in t.items() if k.startswith(head)}
     fill(learner, part("learner."))
-    for i, q in enumerate(learner.values()):
-        optimizer.state[q] = part(f"adam.{i}.")
+    for k, q in learner.items():
+        optimizer.state[q] = {name: v if name == "step" else v.to(q.device) for name, v in part(f"adam.{k}.").items()}
     return s["step"], {**s["best"], "state": part("best.")}, s["history"], Order(**s["guide"])
 
 
@@ -250,8 +255,10 @@ def main():
         learner |= {f"forecaster.{k}": q for k, q in zip("abc", tuned)}
     rates = [{"params": list(router.parameters()), "top": args.lr}] + [{"params": tuned, "top": args.tune_forecaster}] * bool(tuned)
     optimizer = torch.optim.Adam(rates, args.lr)
-    settings = {k: v for k, v in vars(args).items() if k not in ("resume", "threads", "out_dir")} | {"schedule_id": schedule.id}
-    state_path, step, history, best = out / "train_state.json", 0, [], None
+    settings = {k: v for k, v in vars(args).items() if k not in ("resume", "threads", "out_dir")} | {
+        "schedule_id": schedule.id, "fingerprint": model.fingerprint, "data_digest": digest([samples, held]),
+        "forecaster_id": routing["forecaster"] and routing["forecaster"].id}
+    state_path, step, history, best = out / "train_state.safetensors", 0, [], None
     if args.resume and state_path.exists():
         step, best, history, guide = load_state(state_path, learner, optimizer, settings)
         print(f"resuming at step {step}")
@@ -286,6 +293,7 @@ def main():
 
     if best is None:
         look(0, {})
+        save_state(state_path, learner, optimizer, step, best, history, settings, guide)  # the guide's search is not done again
     progress, began, first, mean = bar(total=args.steps, initial=step, desc="router", unit="step"), time.time(), step, {}
     tokens = 0
     while step < args.steps:
@@ -316,8 +324,10 @@ def main():
         wrong, n = total(torch.stack((wrong.sum(), wrong.new_tensor(len(wrong)))).to(q.x.device))
         l_d = wrong / n
         l_s, l_g, share = losses(q, guide, args.hinge)
+        loss = args.lambda_d * l_d + args.lambda_s * l_s + weight * l_g
+        check(bool(loss.isfinite()), f"--lr {args.lr}: the loss of step {step} is NaN or infinite; lower it, or give --dtype float32")
         optimizer.zero_grad()
-        (args.lambda_d * l_d + args.lambda_s * l_s + weight * l_g).backward()
+        loss.backward()
         if world() > 1:
             for v in learner.values():
                 if v.grad is not None:
@@ -333,9 +343,7 @@ def main():
         if step % args.eval_every == 0 or step == args.steps:
             look(step, {k: sum(v) / len(v) for k, v in mean.items()})
             mean = {}
-            if rank() == 0:
-                out.mkdir(parents=True, exist_ok=True)
-                save_state(state_path, learner, optimizer, step, best, history, settings, guide)
+            save_state(state_path, learner, optimizer, step, best, history, settings, guide)
     progress.close()
     seconds = time.time() - began
     fill(learner, best["state"])

@@ -147,10 +147,10 @@ def main():
     wanted = axes if args.axes is None else ["base", *args.axes.split(",")]
     check(set(wanted) <= set(axes), f"--axes {args.axes}: unknown; choose from {','.join(axes[1:])}")
     todo = {k: v for k, v in plan(table, seeds, args).items() if k[0] in wanted}
-    steps = {(script, folder): words for v in todo.values() for script, words, folder in v}
-    took = {k: ran(k[0], words, k[1]) for k, words in steps.items()}
+    stages = {(script, folder): words for v in todo.values() for script, words, folder in v}
+    took = {k: ran(k[0], words, k[1]) for k, words in stages.items()}
     left, failed, done = [k for k, t in took.items() if t is None], {}, {}
-    print(f"{len(todo)} cells, {len(steps)} stages, {len(left)} of them to run", flush=True)
+    print(f"{len(todo)} cells, {len(stages)} stages, {len(left)} of them to run", flush=True)
     progress, total = bar(total=len(left), desc="ablations", unit="stage"), len(left)
     settings = {k: v for k, v in vars(args).items() if k != "threads"}
     for (axis, variant, seed), mine in todo.items():

@@ -87,7 +87,7 @@ def main():
             a.plot(x == "speed", y != "kl", "k*", ms=10, label="dense")  # saves nothing, 1.0 times as fast; all of the quality
             for i, name in enumerate(dict.fromkeys(q["name"] for q in points)):
                 mine = sorted((q[x]["mean"], q[y]["mean"], q[y]["std"] or 0, q[x]["std"] or 0) for q in points if q["name"] == name and q[x]["n"] and q[y]["n"])
-                a.errorbar(*(list(zip(*mine)) or [[], []]), fmt="osD^vPX"[i % 7] + "-", ms=5, lw=1, capsize=3, color=f"C{i % 10}", label=name)
+                a.errorbar(*(zip(*mine) if mine else ((), ())), fmt="osD^vPX"[i % 7] + "-", ms=5, lw=1, capsize=3, color=f"C{i % 10}", label=name)
             wide = y == "kl" or y == "ppl" and max(q[y]["mean"] for q in points) > 3
             a.set(xlabel=across[x], ylabel=QUALITY[y], yscale="log" if wide else "linear")
             a.grid(alpha=0.3)

@@ -56,7 +56,8 @@ def main():
     settings = {k: v for k, v in vars(args).items() if k not in ("resume", "levels", "methods", "threads")}
     points = []
     if args.resume and Path(path).exists():
-        old = load_json(path, "ftp-sweep-1", "--resume")
+        old = load_json(path, "ftp-sweep-1", "--resume", {"settings": dict, "points": [
+            {"method": str, "level": float, "flops_saved": float, "kl": float, "ppl": float}]})
         points = old["points"] if old["settings"] == settings else []
     teacher = model.use().response_states(test)[0]
     dense = math.exp(nll(model, teacher, test))

@@ -3,6 +3,7 @@ import json
 import os
 import random
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,15 @@ sys.path.insert(0, str(ROOT))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from model_ftp import FTPModel, Router, Schedule  # noqa: E402
+
+TORTURE = bool(os.environ.get("FTP_TORTURE"))  # make torture: the long forms
+TALLY: Counter = Counter()                     # what the bounded tests went through, told at the end
+
+
+def pytest_terminal_summary(terminalreporter):
+    for what, n in sorted(TALLY.items()):
+        terminalreporter.write_line(f"{what}: {n}")
+
 
 SHAPES = {
     "mha": dict(num_key_value_heads=4),
