@@ -26,6 +26,7 @@ import shutil
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -368,10 +369,10 @@ def main():
                            max_response=args.max_response, seed=args.seed)
     tensors = read_tensors(source) if set(methods) & {"laco", "laco_last", "slicegpt", "width"} else None
     settings = {k: v for k, v in vars(args).items() if k not in ("resume", "threads", "out_dir", "methods", "flops_saved")}
-    how = {"shortgpt": shortgpt, "lazyllm": lazyllm,
-           "blockpruner": lambda *a: blockpruner(*a, out / "blockpruner_state.json", args.resume, settings),
-           "laco": lambda *a: laco(*a, tensors), "laco_last": lambda *a: laco(*a, tensors, last=True),
-           "slicegpt": lambda *a: slicegpt(*a, tensors), "width": lambda *a: width(*a, tensors, source, args.kv_heads)}
+    how: dict = {"shortgpt": shortgpt, "lazyllm": lazyllm,
+           "blockpruner": partial(blockpruner, state_path=out / "blockpruner_state.json", resume=args.resume, settings=settings),
+           "laco": partial(laco, tensors=tensors), "laco_last": partial(laco, tensors=tensors, last=True),
+           "slicegpt": partial(slicegpt, tensors=tensors), "width": partial(width, tensors=tensors, folder=source, kv_heads=args.kv_heads)}
     for method in methods:
         t = time.time()
         for level, made, notes in how[method](model, samples, levels):
@@ -383,7 +384,8 @@ def main():
                 made.meta = meta | {"flops_saved": saved}
                 made.save(name)
             else:
-                saved = write_folder(source, name, *made, meta, model, samples)
+                weights, changes = made
+                saved = write_folder(source, name, weights, changes, meta, model, samples)
             brief = {k: v for k, v in notes.items() if not isinstance(v, (list, tuple))}
             print(f"{method:12s} target {level:.2f}, {saved:.4f} of the prompts' block FLOPs saved, {seconds} s {brief or ''} -> {name}", flush=True)
             t = time.time()
