@@ -370,9 +370,9 @@ def main():
     tensors = read_tensors(source) if set(methods) & {"laco", "laco_last", "slicegpt", "width"} else None
     settings = {k: v for k, v in vars(args).items() if k not in ("resume", "threads", "out_dir", "methods", "flops_saved")}
     how: dict = {"shortgpt": shortgpt, "lazyllm": lazyllm,
-           "blockpruner": partial(blockpruner, state_path=out / "blockpruner_state.json", resume=args.resume, settings=settings),
-           "laco": partial(laco, tensors=tensors), "laco_last": partial(laco, tensors=tensors, last=True),
-           "slicegpt": partial(slicegpt, tensors=tensors), "width": partial(width, tensors=tensors, folder=source, kv_heads=args.kv_heads)}
+                 "blockpruner": partial(blockpruner, state_path=out / "blockpruner_state.json", resume=args.resume, settings=settings),
+                 "laco": partial(laco, tensors=tensors), "laco_last": partial(laco, tensors=tensors, last=True),
+                 "slicegpt": partial(slicegpt, tensors=tensors), "width": partial(width, tensors=tensors, folder=source, kv_heads=args.kv_heads)}
     for method in methods:
         t = time.time()
         for level, made, notes in how[method](model, samples, levels):
