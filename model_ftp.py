@@ -641,7 +641,7 @@ class Pass:
         if self.place.device == device:
             return self
         tensors = {k: v.to(device) for k, v in vars(self.next(x=self.x)).items() if torch.is_tensor(v)}
-        return self.next(**tensors, held=None, known={}, rope=self.rope.to(device))
+        return self.next(**tensors, held=None, known={})
 
     def with_own(self, rows, score, rank):
         """This Pass with the scores and ranks of decoded tokens set."""
