@@ -1030,9 +1030,9 @@ class FTPModel(nn.Module):
                     if t.shape != place.shape:
                         raise FTPError(f"--model: {name} in {file.name} has shape {tuple(t.shape)}, config.json asks for "
                                        f"{tuple(place.shape)}; give a matching folder")
-                    place.copy_(t)
-                    if not all(v.isfinite() for v in place.aminmax()):  # one pass, no copy; both are NaN where one value is
+                    if not all(v.to(dtype).isfinite() for v in t.aminmax()):  # one pass, no copy; both are NaN where one value is
                         raise FTPError(f"--model: {name} in {file.name} has NaN or infinite values; fetch it again")
+                    place.copy_(t)
         except (OSError, ValueError, RuntimeError, SafetensorError) as e:
             if isinstance(e, FTPError):
                 raise
