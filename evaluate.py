@@ -121,12 +121,12 @@ def bare(text):
     return " ".join(w for w in words if w not in ("a", "an", "the"))
 
 
-def generated_hits(model, tokenizer, items, truncate=False, max_tokens=8192):
+def generated_hits(model, tokenizer, items, truncate=False, max_new_tokens=ANSWER, max_tokens=8192):
     """1.0 for each item whose greedy answer's first line holds one of its answers, else 0.0: (n,) list. Always prompt, then decoding."""
-    cut = -(model.config.max_len - ANSWER + 1) if truncate else None  # the last new token is not run
-    prompts, hits = [(encode(tokenizer, it["contexts"][0])[cut:], range(ANSWER)) for it in items], [None] * len(items)  # type: list, list
+    cut = -(model.config.max_len - max_new_tokens + 1) if truncate else None  # the last new token is not run
+    prompts, hits = [(encode(tokenizer, it["contexts"][0])[cut:], range(max_new_tokens)) for it in items], [None] * len(items)  # type: list, list
     for first, group in bar(shard(list(batches(prompts, max_tokens))), desc="answers", unit="batch", leave=False):
-        for i, new in enumerate(model.generate([list(ids) for ids, _ in group], ANSWER), first):
+        for i, new in enumerate(model.generate([list(ids) for ids, _ in group], max_new_tokens), first):
             line = bare(tokenizer.decode(new, skip_special_tokens=True).strip().split("\n")[0])
             hits[i] = float(any(bare(a) and bare(a) in line for a in items[i]["continuations"]))
     return from_all_ranks(hits)

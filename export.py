@@ -67,8 +67,11 @@ def quality(path, schedule, router, routing):
     o = load_json(path, "ftp-eval-1", "--eval")
     check_fingerprint(o["config"]["fingerprint"], schedule.fingerprint, "--eval: it")
     want, s = [schedule.id, router.id if isinstance(router, Router) else None], o["config"]["settings"]
-    check(any(r.get("artefacts") == want for r in o["rows"]), f"--eval: no row of {path} was measured with this schedule and router; evaluate them first")
-    differ = [k for k in ("prefill", "kv", "one_pass") if s[k] != routing[k]] + ["forecaster"] * (bool(s.get("forecaster")) != bool(routing["forecaster"]))
+    mine, f = [r["artefacts"] for r in o["rows"] if r.get("artefacts", [])[:2] == want], routing["forecaster"]
+    check(mine, f"--eval: no row of {path} was measured with this schedule and router; evaluate them first")
+    differ = [k for k in ("prefill", "kv", "one_pass") if s[k] != routing[k]]
+    if bool(s.get("forecaster")) != bool(f) or mine[0][2:] not in ([], [f and f.id]):  # rows once held no forecaster's id
+        differ.append("forecaster")
     check(not differ, f"--eval: {path} was measured with another --{' --'.join(differ)}; evaluate with the exported one")
     percent = lambda v: None if v is None else f"{100 * v:.1f} %"
     texts, tasks = list(o["rows"][0]["ppl"]), list(o["rows"][0]["tasks"])

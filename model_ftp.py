@@ -668,7 +668,7 @@ class Pass:
         if self.place.device == device:
             return self
         tensors = {k: v.to(device) for k, v in vars(self.next(x=self.x)).items() if torch.is_tensor(v)}
-        return self.next(**tensors, held=None, known={}, rope=self.rope.to(device))
+        return self.next(**tensors, held=None, known={})
 
     def with_own(self, rows, score, rank):
         """This Pass with the scores and ranks of decoded tokens set."""
@@ -1073,9 +1073,9 @@ class FTPModel(nn.Module):
                     if t.shape != place.shape:
                         raise FTPError(f"--model: {name} in {file.name} has shape {tuple(t.shape)}, config.json asks for "
                                        f"{tuple(place.shape)}; give a matching folder")
-                    place.copy_(t)
-                    if not all(v.isfinite() for v in place.aminmax()):  # one pass, no copy; both are NaN where one value is
+                    if not all(v.to(dtype).isfinite() for v in t.aminmax()):  # one pass, no copy; both are NaN where one value is
                         raise FTPError(f"--model: {name} in {file.name} has NaN or infinite values; fetch it again")
+                    place.copy_(t)
         except (OSError, ValueError, RuntimeError, SafetensorError) as e:
             if isinstance(e, FTPError):
                 raise

@@ -177,7 +177,8 @@ def test_floor_and_tasks_that_need_their_context(workshop, tmp_path):
         assert t["word"]["floor"] is None and t["qa"]["floor"] is None and 0 <= t["yes"]["floor"] <= 1
     s = Schedule.load(tmp_path / "schedule.json")
     tasks = dict([data.load_task(f"hellaswag={d}/task.jsonl"), data.load_task(f"own={tmp_path}/own.jsonl")])
-    saved = [evaluate.evaluate_row(model.use(s), tok, "x", argparse.Namespace(protocol="causal", floor=f), tasks, {}, [([5] * 20, [6] * 8)], None)[0]
+    args = lambda f: argparse.Namespace(protocol="causal", floor=f, truncate=False)
+    saved = [evaluate.evaluate_row(model.use(s), tok, "x", args(f), tasks, {}, [([5] * 20, [6] * 8)], None)[0]
              ["flops_saved_total"] for f in (False, True)]
     assert saved[0] == saved[1]  # the floor is not counted as work of the row
     for key, names in (("retention", ("hellaswag", "part")), ("retention_context", ("word", "qa", "yes", "own"))):
