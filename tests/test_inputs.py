@@ -263,3 +263,21 @@ def test_soak(tiny, schedule):
     assert sizes[-1] - start < 10, (start, sizes[-1])
     TALLY[f"soak tokens (resident memory {start:.1f} MB at the start, {sizes[-1]:.1f} MB at the end)"] = made
     tiny.use()
+
+
+def test_self_answers_go_on_from_whole_batches(workshop, tmp_path, monkeypatch):
+    """The model's own answers are made once; a run that was ended goes on from the batches that are whole, to the same file."""
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"instruction": f"say {i}", "input": ""}) + "\n" for i in range(6)))
+    monkeypatch.setattr(data, "HOME", tmp_path)
+    monkeypatch.setattr(data, "PROMPTS", prompts)
+    model, tokenizer = FTPModel.from_pretrained(workshop[0]), data.load_tokenizer(workshop[0])
+    rows = data.self_responses(model, tokenizer, max_new_tokens=4, batch_size=2)
+    path = next((tmp_path / "self").glob("*.jsonl"))
+    whole = path.read_text()
+    assert len(rows) == 6 and all(1 <= len(r["response_ids"]) <= 4 for r in rows)
+    path.unlink()
+    path.with_suffix(".part").write_text("".join(whole.splitlines(True)[:3]))  # one whole batch, and half of the next
+    assert data.self_responses(model, tokenizer, max_new_tokens=4, batch_size=2) == rows and path.read_text() == whole
+    monkeypatch.setattr(FTPModel, "generate", None)                             # the third time nothing is generated
+    assert data.self_responses(model, tokenizer, max_new_tokens=4, batch_size=2) == rows

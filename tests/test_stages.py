@@ -272,7 +272,7 @@ def test_sweep(workshop, tmp_path):
 def test_benchmark(made, workshop, tmp_path):
     a = common(workshop, tmp_path)[0]
     got = call("benchmark.py", *a, "--schedule", made / "schedule_ft.json", "--router", made / "router.safetensors", "--decode", "threshold",
-               "--lengths", "32,64", "--batch_sizes", "1,2", "--rounds", 2, "--n_decode", 3, "--peers")
+               "--lengths", "32,64", "--batch_sizes", "1,2", "--rounds", 2, "--n_decode", 3, "--peers", "--verify")
     o = json.loads(got.stdout.splitlines()[-1])
     assert o["format"] == "ftp-bench-1" and o == json.loads((tmp_path / "bench.json").read_text())
     assert {r["name"] for r in o["rows"]} == {"dense", "ftp", "static", "removal 2/6", "transformers"}
@@ -283,7 +283,9 @@ def test_benchmark(made, workshop, tmp_path):
     kv = {r["name"]: r["kv_bytes"] for r in o["rows"] if r["prompt_len"] == 64 and r["batch_size"] == 2}
     assert kv["dense"] == kv["transformers"] > kv["static"] > 0.65 * kv["dense"]
     assert 0 < o["router_share"]["ftp"]["64"] < 1
-    call("benchmark.py", "--synthetic", "smollm2-135m", "--lengths", "8", "--rounds", 1, "--n_decode", 0, "--out_dir", tmp_path)
+    assert set(o["masked_difference"]) == {"ftp", "static", "removal 2/6"} and all(d < 1e-4 for t in o["masked_difference"].values() for d in t.values())
+    got = call("benchmark.py", "--synthetic", "smollm2-135m", "--lengths", "8", "--rounds", 1, "--n_decode", 0, "--out_dir", tmp_path)
+    assert "router 0.3" in got.stdout
 
 
 def test_analysis(made, workshop, tmp_path):
