@@ -1,6 +1,7 @@
 """Text, instructions and choice tasks, from local files or `datasets` ids, as lists of token ids.
 
     load_samples("self", model, tokenizer)          # 260 prompts of this repository, answered by the model itself
+    load_samples("self,text", ...)                  # and as many texts that it writes from nothing
     load_samples("tatsu-lab/alpaca", ...)           # the paper's set; any Alpaca-form .json/.jsonl file works too
     load_task("arc_easy"), load_task("mine=items.jsonl"), load_text("book.txt")
 """
@@ -89,36 +90,50 @@ def render(tokenizer, instruction, context=""):
     return tokenizer(f"### Instruction:\n{text}\n\n### Response:\n")["input_ids"]
 
 
-def self_responses(model, tokenizer, seed=0, max_new_tokens=64, temperature=0.7, batch_size=32):
-    """The repository's prompts with responses that `model` writes once: cached by model and seed, made in resumable batches."""
-    rows = read_rows(PROMPTS)
-    path = HOME / "self" / f"{Path(model.name).resolve().name}-{model.fingerprint['config']}-seed{seed}-{max_new_tokens}.jsonl"
+def written(model, name, prompts, row, max_new_tokens, temperature, seed=0, batch_size=32):
+    """What `model` writes after each prompt (token ids), as the rows that row(i, new token ids) makes: cached by model, name and seed,
+    made in resumable batches."""
+    path = HOME / "self" / f"{Path(model.name).resolve().name}-{model.fingerprint['config']}-{name}seed{seed}-{max_new_tokens}.jsonl"
     if rank() == 0 and not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(".part")
         done = part.read_text().splitlines() if part.exists() else []
         done = done[:len(done) // batch_size * batch_size]
         if done:
-            kept[part] = f"{len(done)} of {len(rows)} answers"
+            kept[part] = f"{len(done)} of {len(prompts)} texts"
         model.use()
-        for i in bar(range(len(done), len(rows), batch_size), desc="the dense model answers", unit="batch"):
-            some = rows[i:i + batch_size]
-            new = model.generate([render(tokenizer, r["instruction"], r["input"]) for r in some], max_new_tokens,
-                                 temperature=temperature, top_p=0.95, seed=seed + i)
-            done += [json.dumps({**r, "response_ids": n}) for r, n in zip(some, new)]
+        for i in bar(range(len(done), len(prompts), batch_size), desc="the dense model writes", unit="batch"):
+            new = model.generate(prompts[i:i + batch_size], max_new_tokens, temperature=temperature, top_p=0.95, seed=seed + i)
+            done += [json.dumps(row(i + j, n)) for j, n in enumerate(new)]
             save_files({part: lambda p: p.write_text("\n".join(done) + "\n")})
-            kept[part] = f"{len(done)} of {len(rows)} answers"
+            kept[part] = f"{len(done)} of {len(prompts)} texts"
         part.rename(path)
         kept.pop(part, None)
-        kept[path] = f"all {len(done)} answers"
+        kept[path] = f"all {len(done)} texts"
     gather(None)  # the other ranks wait for the file
     return read_rows(path)
+
+
+def self_responses(model, tokenizer, seed=0, max_new_tokens=64, batch_size=32):
+    """The repository's prompts with responses that `model` writes once."""
+    rows = read_rows(PROMPTS)
+    prompts = [render(tokenizer, r["instruction"], r["input"]) for r in rows]
+    return written(model, "", prompts, lambda i, new: {**rows[i], "response_ids": new}, max_new_tokens, 0.7, seed, batch_size)
+
+
+def self_text(model, tokenizer, seed=0, max_new_tokens=320, n=256):
+    """Plain text of all kinds: what `model` writes from nothing but a text's beginning (its start token, the end-of-text token where it has one)."""
+    first = tokenizer.convert_tokens_to_ids("<|endoftext|>")
+    if first is None or first == tokenizer.unk_token_id:
+        first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    check(first is not None, "--data text: the tokenizer has no start token; give a file")
+    return written(model, "text-", [[first]] * n, lambda i, new: {"text": tokenizer.decode(new, skip_special_tokens=True)}, max_new_tokens, 0.8, seed)
 
 
 def load_samples(data, model, tokenizer, split="train", nsamples=None, max_prompt=512, max_response=64, min_response=8, seed=0):
     """[(prompt ids, response ids)] of one of the three disjoint SPLITS, shuffled by `seed`.
 
-    data: "self", an Alpaca-form .json/.jsonl file, a .txt, or a `datasets` id; or several with commas between, of which each gives its
+    data: "self", "text", an Alpaca-form .json/.jsonl file, a .txt, or a `datasets` id; or several with commas between, of which each gives its
     share of nsamples. Prompts beyond max_prompt tokens are left out, never cut; responses are cut at max_response. Plain text (items
     with "text" alone) gives windows of max_prompt + max_response tokens.
     """
@@ -132,8 +147,8 @@ def load_samples(data, model, tokenizer, split="train", nsamples=None, max_promp
 
 def samples_of(data, model, tokenizer, split, max_prompt, max_response, min_response, rng):
     """The samples of one source, in the order that rng gives them."""
-    if data == "self":
-        rows = self_responses(model, tokenizer)
+    if data in ("self", "text"):
+        rows = (self_responses if data == "self" else self_text)(model, tokenizer)
     elif Path(data).suffix == ".txt":
         text = load_text(data, "--data")
         size = min(8000, len(text) // 8 + 1)  # pieces that go to one split together; even a short text has some for each

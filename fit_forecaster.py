@@ -108,7 +108,7 @@ def fit(model, samples, held, rank, schedule=None, router="static", seed=0):
 def main():
     p = Parser(__doc__).common()
     p.add_argument("--rank", type=int, default=64, help="rank of the map, 0: the mean alone")
-    p.add_argument("--data", default="self", help='calibration: "self", .json/.jsonl (Alpaca form, or texts), .txt, or datasets ids, commas between')
+    p.add_argument("--data", default="self", help='calibration: "self" (own answers), "text" (own texts), .json/.jsonl, .txt or datasets ids, commas between')
     p.add_argument("--max_prompt", type=int, default=512, help="longest prompt taken, tokens; plain text comes in windows of it")
     p.add_argument("--nsamples", type=int, default=None, help="samples to fit on, default all of the training part")
     p.add_argument("--schedule", default=None, help="fit on the states that this schedule leads to")

@@ -240,7 +240,7 @@ def resume_key(args, model, routing, *data):
 
 def search_flags(p, evaluations, move):
     """Flags that stages 1 and 3 share."""
-    p.add_argument("--data", default="self", help='calibration: "self", .json/.jsonl (Alpaca form, or texts), .txt, or datasets ids, commas between')
+    p.add_argument("--data", default="self", help='calibration: "self" (own answers), "text" (own texts), .json/.jsonl, .txt or datasets ids, commas between')
     p.add_argument("--nsamples", type=int, default=20, help="samples that candidates are judged by")
     p.add_argument("--nwatch", type=int, default=24, help="samples of the watched part")
     p.add_argument("--max_prompt", type=int, default=512, help="longest prompt taken, tokens")

@@ -188,7 +188,7 @@ def load_state(path, learner, optimizer, settings):
 def main():
     p = Parser(__doc__).common().routing()
     p.add_argument("--schedule", default="out/schedule.json", help="schedule of stage 1")
-    p.add_argument("--data", default="self", help='training samples: "self", an Alpaca-form .json/.jsonl, or a datasets id')
+    p.add_argument("--data", default="self", help='training samples: "self" (own answers), "text" (own texts), .json/.jsonl, .txt or datasets ids, commas between')
     p.add_argument("--nsamples", type=int, default=None, help="samples to train on, default all of the training part")
     p.add_argument("--nwatch", type=int, default=32, help="samples that choose the best step")
     p.add_argument("--max_prompt", type=int, default=512, help="longest prompt taken, tokens")

@@ -348,7 +348,7 @@ def main():
     p = Parser(__doc__).common(out_dir="out/baselines")
     p.add_argument("--methods", default=",".join(METHODS), help="comma list of the methods above")
     p.add_argument("--flops_saved", default="0.30", help="comma list of targets: share of the prompts' block FLOPs saved")
-    p.add_argument("--data", default="self", help='calibration: "self", .json/.jsonl (Alpaca form, or texts), .txt, or datasets ids, commas between')
+    p.add_argument("--data", default="self", help='calibration: "self" (own answers), "text" (own texts), .json/.jsonl, .txt or datasets ids, commas between')
     p.add_argument("--nsamples", type=int, default=32, help="calibration samples")
     p.add_argument("--max_prompt", type=int, default=512, help="longest prompt taken, tokens")
     p.add_argument("--max_response", type=int, default=64, help="response tokens used")
