@@ -21,7 +21,10 @@ import torch
 from safetensors.torch import save_file
 
 from common import Parser, check, load_peers, peer_model, pick_dtype, routing_of, run, start
-from model_ftp import Config, FTPModel, Router, Schedule, find_model, hf_parts, save_json
+from config import Config, hf_parts
+from files import find_model, save_json
+from model_ftp import FTPModel
+from router import Router, Schedule
 
 SHAPES = {  # vocab, hidden, intermediate, blocks, heads, kv heads, head_dim, tied
     "smollm2-135m": (49152, 576, 1536, 30, 9, 3, 64, True), "qwen2.5-7b": (152064, 3584, 18944, 28, 28, 4, 128, False),

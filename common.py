@@ -21,7 +21,9 @@ import torch.distributed as dist
 import transformers
 from tqdm import tqdm
 
-from model_ftp import SELECTIONS, Forecaster, FTPError, FTPModel, Router, Schedule, batches, check_fingerprint, load_json, save_json
+from files import FTPError, check_fingerprint, load_json, save_json
+from model_ftp import FTPModel, batches
+from router import SELECTIONS, Forecaster, Router, Schedule
 
 
 class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):

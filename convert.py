@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 
 from common import Parser, check, run
-from model_ftp import Config, FTPError, rope_frequencies
+from config import Config, rope_frequencies
+from files import FTPError
 
 
 def llama3_scaling(factors, config, source):

@@ -14,7 +14,7 @@ import statistics
 from pathlib import Path
 
 from common import bar, check, gather, kept, rank
-from model_ftp import HOME, FTPError, find_model, misfit, save_files
+from files import HOME, FTPError, find_model, misfit, save_files
 
 PROMPTS = Path(__file__).parent / "prompts.jsonl"
 SPLITS = {"train": (0, 1), "watch": (2,), "heldout": (3,)}  # of every four items: fit, early stopping, evaluation

@@ -50,7 +50,9 @@ from common import (
     unshard,
 )
 from data import encode, encode_pair, load_samples, load_task, load_text, load_tokenizer, standard_error, windows
-from model_ftp import Router, Schedule, Stats, batches, by_sample, kl_divergence, save_json
+from files import save_json
+from model_ftp import Stats, batches, by_sample, kl_divergence
+from router import Router, Schedule
 
 METRIC = {"arc_challenge": "acc_norm", "hellaswag": "acc_norm", "openbook_qa": "acc_norm", "piqa": "acc_norm"}  # others: acc
 ANSWER = 32  # tokens generated where an answer is searched for

@@ -14,7 +14,8 @@ import shutil
 from pathlib import Path
 
 from common import Parser, check, routing_of, run, start
-from model_ftp import Router, Schedule, check_fingerprint, find_model, load_json, save_json, weight_files
+from files import check_fingerprint, find_model, load_json, save_json, weight_files
+from router import Router, Schedule
 
 CARD = """---
 {front}---

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from common import Parser, check, rank, routing_of, run, start
 from data import load_samples, load_tokenizer
-from model_ftp import Router, Schedule
+from router import Router, Schedule
 from search_scheduler import GRAIN, Fitness, check_flags, data_pair, evolve, mutate, repair, resume_key, search_flags, work
 
 

@@ -19,7 +19,8 @@ import torch.nn.functional as F
 
 from common import Parser, bar, check, run, start
 from data import load_samples, load_tokenizer
-from model_ftp import Forecaster, Schedule, batches
+from model_ftp import batches
+from router import Forecaster, Schedule
 
 RIDGES = (1e-4, 1e-2, 1e-1, 1.0)  # times the mean variance of the inputs
 

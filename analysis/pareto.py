@@ -15,7 +15,7 @@ import matplotlib.pyplot as plt
 
 from common import Parser, check, run
 from data import shown, spread
-from model_ftp import load_json, save_json
+from files import load_json, save_json
 
 QUALITY = {"ppl": "perplexity, times dense", "kl": "KL to the dense model, nats per token", "retention_chance_corrected": "retention above chance",
            "retention_context_chance_corrected": "the same, tasks that need their context"}

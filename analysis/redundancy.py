@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from common import Parser, bar, check, run, start
 from data import load_samples, load_text, load_tokenizer, windows
-from model_ftp import save_json
+from files import save_json
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

@@ -11,7 +11,8 @@ import matplotlib
 import numpy as np
 
 from common import Parser, run
-from model_ftp import Schedule, save_json
+from files import save_json
+from router import Schedule
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

@@ -13,7 +13,7 @@ import torch
 
 from common import Parser, routing_of, run, start
 from data import load_samples, load_tokenizer, render
-from model_ftp import save_json
+from files import save_json
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

@@ -19,8 +19,10 @@ import matplotlib
 from common import Parser, check, run, start
 from data import load_text, load_tokenizer, windows
 from evaluate import nll
+from files import FTPError, load_json, save_json
 from fit_forecaster import fit
-from model_ftp import Forecaster, FTPError, Stats, kl_divergence, load_json, save_json
+from model_ftp import Stats, kl_divergence
+from router import Forecaster
 from search_scheduler import GRAIN, Fitness, flops_converter, shapes
 
 matplotlib.use("Agg")

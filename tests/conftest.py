@@ -13,7 +13,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from model_ftp import FTPModel, Router, Schedule  # noqa: E402
+from model_ftp import FTPModel  # noqa: E402
+from router import Router, Schedule  # noqa: E402
 
 TORTURE = bool(os.environ.get("FTP_TORTURE"))  # make torture: the long forms
 TALLY: Counter = Counter()                     # what the bounded tests went through, told at the end

@@ -12,7 +12,9 @@ from conftest import ROOT, make_hf, make_router, tokens
 sys.path.insert(0, str(ROOT / "analysis"))
 import baselines as B  # noqa: E402
 
-from model_ftp import FTPError, FTPModel, Schedule, check_fingerprint  # noqa: E402
+from files import FTPError, check_fingerprint  # noqa: E402
+from model_ftp import FTPModel  # noqa: E402
+from router import Schedule  # noqa: E402
 
 PARTS = ["both", "mlp", "both", "attention", "both", "mlp"]
 SOME = [0.0, 0.0, 1.0, 0.0, 0.4, 0.3]

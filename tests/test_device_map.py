@@ -7,8 +7,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 import model_ftp
+from config import place_blocks
+from files import FTPError
 from fit_forecaster import fit
-from model_ftp import FTPError, FTPModel, Pass, Router, Schedule, place_blocks, response_rows
+from model_ftp import FTPModel, Pass, response_rows
+from router import Router, Schedule
 from search_scheduler import Fitness, block_influence
 from train_router import Order, losses, warm_up
 

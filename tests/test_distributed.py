@@ -10,7 +10,8 @@ import torch
 from conftest import ROOT
 from test_stages import inside, without_time
 
-from model_ftp import FTPModel, Router, Schedule
+from model_ftp import FTPModel
+from router import Router, Schedule
 
 ENV = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
@@ -103,7 +104,8 @@ MISTAKE = """
 import sys
 sys.path.insert(0, {root!r})
 import common, search_scheduler
-from model_ftp import FTPError, Schedule
+from files import FTPError
+from router import Schedule
 
 def fail(*_):
     raise FTPError(f"--data: a file is bad on rank {{common.rank()}}")

@@ -7,7 +7,9 @@ import torch
 from conftest import make_router, tokens
 from test_stages import inside
 
-from model_ftp import FTPError, FTPModel, Router, Schedule, load_json
+from files import FTPError, load_json
+from model_ftp import FTPModel
+from router import Router, Schedule
 
 PROMPTS = [[3 + i % 90 for i in range(40)], tokens(25, 1)]
 

@@ -12,7 +12,10 @@ import pytest
 import torch
 from conftest import ROOT, make_router, tokens
 
-from model_ftp import Config, FTPError, FTPModel, Schedule, find_model, rope_frequencies
+from config import Config, rope_frequencies
+from files import FTPError, find_model
+from model_ftp import FTPModel
+from router import Schedule
 
 LLAMA3 = dict(rope_type="llama3", rope_theta=500000.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16)
 FAMILIES = {  # what tells the family apart, in its own configuration's words
@@ -244,7 +247,7 @@ def write_gguf(path, hf, arch="llama", scaled=False, quant=None, **fields):
 
 @pytest.fixture
 def gguf_home(tmp_path, monkeypatch):
-    monkeypatch.setattr("model_ftp.HOME", tmp_path / "home")
+    monkeypatch.setattr("files.HOME", tmp_path / "home")
     return tmp_path
 
 

@@ -16,7 +16,9 @@ import evaluate
 import search_scheduler
 import train_router
 from common import complain, load_progress, save_progress
-from model_ftp import Forecaster, FTPError, FTPModel, Router, Schedule
+from files import FTPError
+from model_ftp import FTPModel
+from router import Forecaster, Router, Schedule
 
 EACH = 200 if TORTURE else 25  # damaged copies of each file
 SECONDS, MEGABYTES = 20, 1000  # a load that takes longer hangs, one that takes more memory blows up

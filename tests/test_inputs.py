@@ -12,7 +12,9 @@ from test_stages import common, inside
 
 import data
 from evaluate import check_length, evaluate_task
-from model_ftp import Forecaster, FTPError, FTPModel, Router, Schedule, save_json, save_tensors
+from files import FTPError, save_json, save_tensors
+from model_ftp import FTPModel
+from router import Forecaster, Router, Schedule
 
 
 def refused(match, f, *a, **kw):

@@ -18,7 +18,7 @@ import pytest
 from conftest import TALLY, TORTURE
 from test_stages import call, without_time
 
-from model_ftp import Router
+from router import Router
 
 KILLS = 20 if TORTURE else 1  # of each stage at least
 FORK = multiprocessing.get_context("forkserver")
@@ -35,7 +35,6 @@ def stage(script, words, log, die_at=None, most_bytes=None, home=None):
     module = __import__(script.removesuffix(".py"))
     import common
     import data
-    import model_ftp
     if home:
         data.HOME, data.PROMPTS = home, home.parent / "prompts.jsonl"
     if most_bytes:  # what a full disk does to a write
@@ -48,7 +47,7 @@ def stage(script, words, log, die_at=None, most_bytes=None, home=None):
             if next(count) == nth:
                 os.kill(os.getpid(), signal.SIGKILL)
             return real(*a)
-        setattr(model_ftp.os, name, deadly)
+        setattr(os, name, deadly)
     common.run(module.main)
 
 

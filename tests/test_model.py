@@ -6,7 +6,10 @@ import pytest
 import torch
 from conftest import SHAPES, make_router, tokens
 
-from model_ftp import Config, Forecaster, FTPError, FTPModel, KVCache, Router, Schedule, quota
+from config import Config, quota
+from files import FTPError
+from model_ftp import FTPModel, KVCache
+from router import Forecaster, Router, Schedule
 
 MODES = [dict(router="static"), dict(router="static", decode="rule"), dict(router="random"), dict(router="attention"),
          dict(router="learned", decode="threshold"), dict(router="learned"), dict(router="learned", prefill="argmax", decode="threshold"),

@@ -11,7 +11,8 @@ from test_stages import ROOT, call, common, inside
 
 import data
 import evaluate
-from model_ftp import FTPModel, Schedule
+from model_ftp import FTPModel
+from router import Schedule
 
 WORDS = "the cat sat on a mat and saw nine red birds over an old grey house by the sea".split()
 

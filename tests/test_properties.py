@@ -5,7 +5,8 @@ from conftest import TALLY, TORTURE, make_router, tokens
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from model_ftp import Forecaster, Schedule, quota
+from config import quota
+from router import Forecaster, Schedule
 
 L, D, V = 6, 32, 97
 bounded = settings(max_examples=500 if TORTURE else 80, deadline=None, derandomize=not TORTURE, database=None, print_blob=True,

@@ -16,7 +16,9 @@ from conftest import ROOT
 import data
 import evaluate
 from common import run
-from model_ftp import Forecaster, FTPError, FTPModel, Router, Schedule
+from files import FTPError
+from model_ftp import FTPModel
+from router import Forecaster, Router, Schedule
 from search_scheduler import GRAIN, Fitness, allocate, crossover, mutate, repair
 
 SCRIPTS = ["prepare.py", "search_scheduler.py", "train_router.py", "finetune_static.py", "evaluate.py", "benchmark.py", "fit_forecaster.py",

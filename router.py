@@ -1,0 +1,214 @@
+"""What FTP learns: the schedule (a sparsity a block), the router (a 2-layer MLP), the forecaster (what a skipped block would have added)."""
+import hashlib
+import json
+import math
+from dataclasses import asdict, dataclass, field
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from files import FINGERPRINT, FTPError, check_tensors, load_json, load_tensors, misfit, save_json, save_tensors, tensors_id
+
+FACTORS = ("position", "score", "rank", "sparsity")  # the paper's four inputs of the router
+INPUTS = {"position": 3, "place": 1, "score": 1, "rank": 1, "sparsity": 1, "forecast": 1}  # numbers each enters with; "hidden" has hidden_size
+SELECTIONS = ("static", "random", "attention", "progressive")  # routers that need no training
+NEAR = 64  # tokens within which the absolute distance to a prompt's start and end is told apart
+
+
+@dataclass
+class Schedule:
+    """One sparsity per block, the share of tokens that skip it; 1 removes the block, block 0 is 0 (or 1).
+
+    decode_threshold, if any, holds the router margin below which a decoded token skips block l; it is only valid
+    with the router whose id it carries. parts, if any, says of each block what is left of it: "both" sub-blocks, "attention" or "mlp".
+    """
+    sparsity: list
+    fingerprint: dict
+    decode_threshold: list | None = None
+    router_id: str | None = None
+    meta: dict = field(default_factory=dict)
+    parts: list | None = None
+
+    def __post_init__(self):
+        s = self.sparsity
+        if misfit(s, [float]) or not s or not all(0 <= v <= 1 for v in s):
+            raise FTPError("--schedule: sparsities must be a list of numbers in [0, 1]; make the schedule again")
+        if s[0] not in (0, 1):
+            raise FTPError("--schedule: block 0 must have sparsity 0 (no attention score exists before it)")
+        t = self.decode_threshold
+        if t is not None and (misfit(t, [float]) or len(t) != len(s)):
+            raise FTPError("--schedule: decode_threshold must hold one number a block; make the schedule again")
+        t = self.parts
+        if t is not None and not (isinstance(t, list) and len(t) == len(s) and all(v in ("both", "attention", "mlp") for v in t)):
+            raise FTPError('--schedule: parts must hold "both", "attention" or "mlp" for each block; make the schedule again')
+
+    @property
+    def mean(self):
+        return sum(self.sparsity) / len(self.sparsity)
+
+    @property
+    def id(self):
+        return hashlib.sha256(json.dumps([round(v, 6) for v in self.sparsity] + (self.parts or [])).encode()).hexdigest()[:12]
+
+    @property
+    def removes(self):
+        """Whether it removes blocks or sub-blocks."""
+        return max(self.sparsity) >= 1 or any(v != "both" for v in self.parts or [])
+
+    @classmethod
+    def uniform(cls, model, sparsity):
+        """The same sparsity in every block but the first, with mean `sparsity`."""
+        n = model.config.n_layer
+        s = sparsity * n / (n - 1)
+        if not 0 <= s < 1:
+            raise FTPError(f"--sparsity {sparsity}: out of range for a uniform schedule; give 0 <= S < {(n - 1) / n:.3f}")
+        return cls([0.0] + [s] * (n - 1), model.fingerprint)
+
+    @classmethod
+    def load(cls, path):
+        o = load_json(path, "ftp-schedule-1", "--schedule", {"sparsity": [float], "fingerprint": FINGERPRINT, "meta": (dict, None), "parts": ([str], None),
+                                                             "decode_threshold": ([float], None), "router_id": (str, None)})
+        return cls(o["sparsity"], o["fingerprint"], o.get("decode_threshold"), o.get("router_id"), o.get("meta") or {}, o.get("parts"))
+
+    def save(self, path):
+        save_json(path, {"format": "ftp-schedule-1", "mean": self.mean, **asdict(self)})
+
+
+class Router(nn.Module):
+    """2-layer MLP, inputs -> hidden -> 2 logits (compute, skip), shared by all blocks (method section 4).
+
+    kind: "global" one MLP for all blocks, "local" one each, "recurrent" a global one whose hidden layer also
+    sees its value at the previous block. inputs: any of FACTORS, "place" (position as one number), "hidden" (normalised state).
+    meta["decode_threshold"] and meta["schedule_id"] belong together, as in Schedule.
+    """
+    KINDS = ("global", "local", "recurrent")
+
+    def __init__(self, config, fingerprint, kind="global", inputs=FACTORS, width=64, score=16, meta=None):
+        super().__init__()
+        if kind not in self.KINDS or not inputs or any(i not in (*INPUTS, "hidden") for i in inputs):
+            raise FTPError(f"--router_kind {kind} --inputs {','.join(inputs)}: kinds are {', '.join(self.KINDS)}; "
+                           f"inputs {', '.join(INPUTS)}, hidden")
+        self.kind, self.inputs, self.width, self.score, self.meta = kind, tuple(inputs), width, score, meta or {}
+        self.fingerprint, self.n_layer, self.hidden_size = fingerprint, config.n_layer, config.hidden_size
+        n, g = self.n_inputs, config.n_layer if kind == "local" else 1
+        self.w1 = nn.Parameter(4 * torch.randn(g, n, width))
+        self.b1 = nn.Parameter(-(self.w1.detach() * torch.rand(g, n, width)).sum(1))  # kinks spread over the inputs' range, [0, 1]
+        self.w2 = nn.Parameter(torch.randn(g, width, 2) / math.sqrt(width))
+        self.b2 = nn.Parameter(torch.tensor([[1.0, 0.0]]).repeat(g, 1))  # starts near dense
+        if kind == "recurrent":
+            self.u = nn.Parameter(torch.randn(width, width) / math.sqrt(width) / 2)
+
+    @property
+    def n_inputs(self):
+        return sum(self.hidden_size if i == "hidden" else INPUTS[i] for i in self.inputs)
+
+    @property
+    def id(self):
+        return tensors_id(self.state_dict())
+
+    def forward(self, l, f, h=None):
+        """f (N, n_inputs), h (N, width) or None -> logits (N, 2), new h. The decision of block l."""
+        g = l if self.kind == "local" else 0
+        w1, b1, w2, b2 = (t[g].to(f.device) for t in (self.w1, self.b1, self.w2, self.b2))  # to the block's device, if the model has several
+        z = torch.addmm(b1, f, w1)
+        if self.kind == "recurrent":
+            z = z if h is None else z + h @ self.u.to(f.device)
+            z = h = torch.tanh(z)
+        else:
+            z = F.relu(z)
+        return torch.addmm(b2, z, w2), h
+
+    def factors(self, p, s):
+        """The inputs (N, n_inputs) float32 for the tokens of a Pass at a block of sparsity s, each scaled to [0, 1] whatever the
+        length. Position: place in the prompt (0 first, 1 newest), and distance to its start and end in units of NEAR tokens, at
+        most 1. score: relative_score; rank: share of tokens with a lower one. "forecast": norm r of the forecast update against the
+        state's, as r / (1 + r). "hidden": the state scaled to unit RMS."""
+        place = p.place[:, None]
+        if "position" not in p.known:  # the same before every block
+            p.known["position"] = torch.cat((place, *((d / NEAR).clamp(0, 1)[:, None] for d in (p.pos, p.size - 1 - p.local))), 1)
+        give = {"position": lambda: p.known["position"], "place": lambda: place,
+                "score": lambda: p.score[:, None], "rank": lambda: p.rank[:, None], "sparsity": lambda: torch.full_like(place, s),
+                "forecast": lambda: 1 - 1 / (1 + p.forecast[0].detach().float().norm(dim=1) / p.x.detach().float().norm(dim=1))[:, None],
+                "hidden": lambda: F.rms_norm(p.x.detach().float(), p.x.shape[1:])}
+        return torch.cat([give[i]() for i in self.inputs], 1)
+
+    def flops(self, tokens):
+        n = self.n_inputs + (self.width if self.kind == "recurrent" else 0)
+        return 2 * tokens * self.width * (n + 2)
+
+    def save(self, path):
+        """router.safetensors, and a readable twin router.json."""
+        save_tensors(path, self.state_dict(), {
+            "format": "ftp-router-1", "fingerprint": self.fingerprint, "kind": self.kind, "inputs": list(self.inputs),
+            "width": self.width, "score": self.score, "n_layer": self.n_layer, "hidden_size": self.hidden_size,
+            "parameters": sum(p.numel() for p in self.parameters()), "meta": self.meta})
+
+    @classmethod
+    def load(cls, path):
+        tensors, o = load_tensors(path, "ftp-router-1", "--router", {
+            "kind": str, "inputs": [str], "width": int, "score": (int, str), "n_layer": int, "hidden_size": int, "fingerprint": FINGERPRINT,
+            "meta": ({"decode_threshold": ([float], None), "schedule_id": (str, None), "settings": (dict, None)}, None)})
+        meta = o.get("meta") or {}
+        unknown = [i for i in o["inputs"] if i not in (*INPUTS, "hidden")]
+        for bad, why in ((unknown, f"it reads unknown inputs {', '.join(unknown)[:80]}"), (not o["inputs"], "it has no inputs"),
+                         (o["kind"] not in cls.KINDS, f"it is of an unknown kind {o['kind'][:40]!r}"),
+                         (not 0 < o["n_layer"] < 10_000, "n_layer is out of range"),
+                         (o["score"] != "mean" and not (isinstance(o["score"], int) and o["score"] > 0), "score is neither a window nor mean"),
+                         (len(meta.get("decode_threshold") or range(o["n_layer"])) != o["n_layer"], "decode_threshold has another number of blocks")):
+            if bad:
+                raise FTPError(f"--router: {path}: {why}; train it again")
+        try:
+            with torch.device("meta"):  # no storage before the shapes are known to be those of the file
+                r = cls(type("shape", (), {"n_layer": o["n_layer"], "hidden_size": o["hidden_size"]}), o["fingerprint"], o["kind"], o["inputs"],
+                        o["width"], o["score"], meta)
+        except (RuntimeError, ZeroDivisionError, TypeError) as e:
+            raise FTPError(f"--router: {path} is damaged ({str(e).splitlines()[0]}); train it again") from None
+        check_tensors(tensors, {k: v.shape for k, v in r.state_dict().items()}, f"--router: {path}")
+        r.load_state_dict(tensors, assign=True)
+        return r
+
+
+class Forecaster:
+    """Linear forecast for a token that skips block l: what the block would have added to its state, and what is missing from the
+    key and value that it offers. With u the state scaled to unit RMS (so that no massive activation rules), both are
+    (u @ a[l]) @ b[l] + c[l]: its first d columns the update, the others the correction of key (before rotary) and value.
+
+    a (n_layer, d, rank), b (n_layer, rank, d + 2 * n_kv_head * head_dim), c (n_layer, the same); rank 0 is the mean alone.
+    Made by fit_forecaster.py.
+    """
+    def __init__(self, a, b, c, fingerprint, meta=None):
+        self.a, self.b, self.c, self.fingerprint, self.meta = a, b, c, fingerprint, meta or {}
+
+    @property
+    def rank(self):
+        return self.a.shape[2]
+
+    @property
+    def d(self):
+        return self.a.shape[1]
+
+    def to(self, device, dtype):
+        a, b, c = (t.to(device, dtype) for t in (self.a, self.b, self.c))
+        return Forecaster(a, b, c, self.fingerprint, self.meta)
+
+    def __call__(self, l, x):
+        """Tokens x (N, d) that skip block l -> their update (N, d), correction of keys and values (N, 2 * n_kv_head * head_dim)."""
+        a, b, c = (t[l].to(x.device) for t in (self.a, self.b, self.c))
+        out = torch.addmm(c, F.rms_norm(x, x.shape[1:]) @ a, b) if self.rank else c.expand(len(x), -1)
+        return out[:, :self.d], out[:, self.d:]
+
+    def save(self, path):
+        save_tensors(path, {"a": self.a, "b": self.b, "c": self.c}, {
+            "format": "ftp-forecaster-2", "fingerprint": self.fingerprint, "rank": self.rank, "meta": self.meta})
+
+    @property
+    def id(self):
+        return tensors_id({"a": self.a, "b": self.b, "c": self.c})
+
+    @classmethod
+    def load(cls, path):
+        t, o = load_tensors(path, "ftp-forecaster-2", "--forecaster", {"fingerprint": FINGERPRINT, "rank": int, "meta": (dict, None)})
+        n, d, e = (list(t[k].shape[i:i + 1] if k in t else ()) for k, i in (("a", 0), ("a", 1), ("c", 1)))  # as far as there are any
+        check_tensors(t, {"a": (*n, *d, o["rank"]), "b": (*n, o["rank"], *e), "c": (*n, *e)}, f"--forecaster: {path}")
+        return cls(t["a"], t["b"], t["c"], o["fingerprint"], o.get("meta"))
