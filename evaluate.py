@@ -324,8 +324,8 @@ def main():
     check(not set(peers) & set(ROWS), f"--peer: {', '.join(set(peers) & set(ROWS))} is a row's name already; give another")
     model, config = start(args)
     forecast = load_forecaster(args.forecaster)
-    made_by = lambda n: [*(peer_id(*peers[n]) if n in peers else [schedule.id if ROWS[n][0] else None, router.id if ROWS[n][1] == "given" else None]),
-                         forecast and forecast.id]
+    given = lambda n: [schedule.id, router.id if ROWS[n][1] == "given" else None] if ROWS[n][0] else []
+    made_by = lambda n: [*(peer_id(*peers[n]) if n in peers else given(n)), forecast and forecast.id] if n != "dense" else []
     for n in names:  # refuse artefacts of another model before the long work
         r = router if ROWS[n][1] == "given" else "static"
         model.use(schedule, r, **routing_of(args, isinstance(r, Router)))
@@ -342,15 +342,17 @@ def main():
         ids = tokenizer(load_text(spec), add_special_tokens=False)["input_ids"]
         texts[name] = windows(ids, args.context, args.scored, args.nwindows or None)
     rows, dense, out, done = [], None, f"{args.out_dir}/eval.json", {}
-    settings = {k: v for k, v in vars(args).items() if k not in ("resume", "rows", "peer", "threads", "out_dir")} | {
+    settings = {k: v for k, v in vars(args).items() if k not in ("resume", "rows", "peer", "threads", "out_dir", "schedule", "router", "forecaster")} | {
         "commit": config["commit"], "fingerprint": model.fingerprint, "data_digest": digest([samples, texts, tasks])}
     state = Path(args.out_dir) / "eval_state.json"  # eval.json is only ever a whole one
     if args.resume and state.exists():
         old = load_progress(state, "ftp-eval-state-1")
         done = {r["name"]: r for r in old["rows"]} if old["settings"] == settings else {}
     for name in ["dense", *names, *peers]:
-        if name != "dense" and done.get(name, {}).get("artefacts") == made_by(name):  # the dense row runs again: the others are compared with its states
+        if done.get(name, {}).get("artefacts") == made_by(name):
             rows.append(done[name])
+            if name == "dense":  # the others are compared with its states
+                dense = {"row": done[name], "states": spread_states(model.use(), samples, args.protocol == "joint"), "model": model}
             continue
         which, chosen, decode = ROWS.get(name, (None, None, "dense"))
         if name in peers:
