@@ -123,10 +123,6 @@ class Config:
         """FLOPs of the attention scores of one block: `window` queries against `keys` keys."""
         return 2 * self.n_head * self.head_dim * window * keys
 
-    def forecast_flops(self, rank, tokens):
-        """FLOPs of the forecast of one block; all tokens take it, the computed ones then overwrite theirs."""
-        return 4 * (self.hidden_size + self.n_kv_head * self.head_dim) * rank * tokens
-
     def head_flops(self, positions):
         return 2 * self.vocab_size * self.hidden_size * positions
 
@@ -150,11 +146,11 @@ class Config:
             peak, largest = max(peak, stored + held), max(largest, held)
         return {k: v * itemsize for k, v in (("weights", self.parameters), ("kv", stored), ("activations", largest), ("total", self.parameters + peak))}
 
-    def prefill_flops(self, T, sparsity, kv="drop", router=None, window=16, head=1, forecast_rank=None, parts=None):
+    def prefill_flops(self, T, sparsity, kv="drop", router=None, window=16, head=1, forecaster=None, parts=None):
         """FLOPs of the prefill of one prompt of T tokens under a list of sparsities (method section 7).
 
         `router` adds its MLP and the scores (`window` queries a block); `head` counts the positions that get logits.
-        forecast_rank: rank of the forecaster, if one is in use. parts: as in Schedule.
+        forecaster: the Forecaster in use. parts: as in Schedule.
         """
         total = self.head_flops(head)
         for l, s in enumerate(sparsity):
@@ -169,8 +165,8 @@ class Config:
                 total += c.block_flops(k, k * (k + 1) / 2)
             if router is not None and 0 < s < 1:
                 total += router.flops(T)
-            if forecast_rank and 0 < s < 1:
-                total += self.forecast_flops(forecast_rank, T)
+            if forecaster is not None and 0 < s < 1:
+                total += forecaster.flops(T)
             if router is not None and {"score", "rank"} & set(router.inputs) and any(0 < v < 1 for v in sparsity[l + 1:]):
                 total += c.score_flops(min(window, k), k)
         return total

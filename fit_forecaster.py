@@ -3,6 +3,7 @@
     python fit_forecaster.py                                        # -> out/forecaster.safetensors, out/forecaster.json
     python fit_forecaster.py --data self,book.txt --rank 128
     python fit_forecaster.py --schedule out/schedule.json           # again, on the states that this schedule leads to
+    python fit_forecaster.py --only_kv --keys 0.5 --schedule ...    # the state stays, its keys and values alone are corrected
 
 Reduced-rank ridge regression, block by block, against the dense model: from the states that routing with the forecasts of the blocks
 before leads to (they drift: a forecast fitted on dense states measures worse), to the dense model's next state and its keys and values.
@@ -31,16 +32,17 @@ def random_schedule(model, rng):
     return Schedule([min(0.99, level * (l / (L - 1)) ** steep * 2 * rng.random()) if l else 0.0 for l in range(L)], model.fingerprint)
 
 
-def moments(model, l, routed, dense, after):
+def moments(model, l, routed, dense, after, update=True):
     """Sums over the prompts' tokens but the first (always computed): x'x, x'y, y'y with x the routed state scaled to unit RMS and a 1
-    behind it, y what leads from there to the dense model's next state, and to its key and value."""
-    d, e, block = model.config.hidden_size, model.config.hidden_size + model.config.kv_bytes(1, 1), model.blocks[l]
+    behind it, y what leads from there to the dense model's next state (with `update`), and to its key and value."""
+    d, block = model.config.hidden_size, model.blocks[l]
+    e = d * update + model.config.kv_bytes(1, 1)
     xx, xy, yy = (torch.zeros(*n, dtype=torch.float64) for n in ((d + 1, d + 1), (d + 1, e), (e,)))
-    kv = lambda x: block.qkv(block.norm1(x))[:, d - e:].float()
+    kv = lambda x: block.qkv(block.norm1(x))[:, -model.config.kv_bytes(1, 1):].float()
     for p, q, t in zip(routed, dense, after):
         rows = p.in_set & (p.local > 0)
         x, now, new = p.x[rows], q.x[rows], t.x[rows]
-        y = torch.cat((new.float() - x.float(), kv(now) - kv(x)), 1).cpu()
+        y = torch.cat(([new.float() - x.float()] if update else []) + [kv(now) - kv(x)], 1).cpu()
         x = F.pad(F.rms_norm(x.float(), (d,)), (0, 1), value=1.0).cpu()
         xx += x.T @ x  # products of one batch in float32, their sum in float64
         xy += x.T @ y
@@ -53,13 +55,14 @@ def error(w, xx, xy, yy):
     return yy - 2 * (w * xy).sum(0) + (w * (xx @ w)).sum(0)
 
 
-def solve(xx, xy, yy, held, rank):
+def solve(xx, xy, yy, held, rank, update=True):
     """Reduced-rank ridge regression from moments: a (d, rank), b (rank, e), c (e,), the ridge, and the error on the moments `held`
-    as a share of the targets' energy, updates and K/V weighing the same."""
+    as a share of the targets' energy, updates, keys and values weighing the same."""
     d, e = len(xx) - 1, xy.shape[1]
+    widths = [d] * update + [(e - d * update) // 2] * 2
     mean = xx[d] / xx[d, d]
     around, with_y = xx - torch.outer(mean, mean) * xx[d, d], xy - torch.outer(mean, xy[d])
-    weight = torch.cat([(1 / yy[i].sum().clamp(min=1e-12)).expand(n) for i, n in ((slice(d), d), (slice(d, e), e - d))]) / 2
+    weight = torch.cat([(1 / part.sum().clamp(min=1e-12)).expand(len(part)) for part in yy.split(widths)]) / len(widths)
     best = None
     for ridge in RIDGES:
         penalty = ridge * float(around.diagonal()[:d].mean()) * torch.eye(d, dtype=torch.float64)
@@ -78,13 +81,14 @@ def solve(xx, xy, yy, held, rank):
 
 
 @torch.inference_mode()
-def fit(model, samples, held, rank, schedule=None, router="static", seed=0):
+def fit(model, samples, held, rank, schedule=None, router="static", seed=0, update=True, keys=1.0):
     """Forecaster of `rank` from samples [(prompt ids, response ids)], the ridge from `held`; prompts are routed by `schedule`, else by
-    random ones. Its meta tells the ridge and the held-out error of each block."""
+    random ones. keys: share of the keys' correction that is taken. Its meta tells the ridge and the held-out error of each block."""
     c, rng = model.config, random.Random(seed)
+    e, kv = c.hidden_size * update + c.kv_bytes(1, 1), c.kv_bytes(1, 1)
     groups = [(g, i >= len(samples)) for part, i in ((samples, 0), (held, len(samples))) for _, g in batches(part, 2048)]
-    f = Forecaster(torch.zeros(c.n_layer, c.hidden_size, rank), torch.zeros(c.n_layer, rank, c.hidden_size + c.kv_bytes(1, 1)),
-                   torch.zeros(c.n_layer, c.hidden_size + c.kv_bytes(1, 1)), model.fingerprint)
+    f = Forecaster(torch.zeros(c.n_layer, c.hidden_size, rank), torch.zeros(c.n_layer, rank, e), torch.zeros(c.n_layer, e),
+                   model.fingerprint, update=update)
     plans = [schedule or random_schedule(model, rng) for _ in groups]
     dense = routed = [model.use().begin_samples(g) for g, _ in groups]
     ridges, errors, held_out = [], [], torch.tensor([h for _, h in groups])
@@ -93,10 +97,12 @@ def fit(model, samples, held, rank, schedule=None, router="static", seed=0):
         dense, routed = ([p.to(model.place_of(l)) for p in part] for part in (dense, routed))
         after = [model.step(l, p) for p in dense]
         pick = lambda h: ([x for x, is_held in zip(part, held_out) if is_held == h] for part in (routed, dense, after))
-        xx, xy, yy = moments(model, l, *pick(False))
-        *f_l, ridge, wrong = solve(xx, xy, yy, moments(model, l, *pick(True)), rank)
+        xx, xy, yy = moments(model, l, *pick(False), update=update)
+        *f_l, ridge, wrong = solve(xx, xy, yy, moments(model, l, *pick(True), update=update), rank, update)
         for whole, mine in zip((f.a, f.b, f.c), f_l):
             whole[l] = mine.float()
+        for whole in (f.b, f.c):
+            whole[l, ..., e - kv:e - kv // 2] *= keys
         ridges.append(ridge)
         errors.append(wrong)
         ready = f.to(model.device, model.dtype)
@@ -112,6 +118,8 @@ def main():
     p.add_argument("--data", default="self", help='calibration: "self" (own answers), "text" (own texts), .json/.jsonl, .txt or datasets ids, commas between')
     p.add_argument("--max_prompt", type=int, default=512, help="longest prompt taken, tokens; plain text comes in windows of it")
     p.add_argument("--nsamples", type=int, default=None, help="samples to fit on, default all of the training part")
+    p.add_argument("--only_kv", action="store_true", help="no update of the state: for schedules whose skips run to the last block")
+    p.add_argument("--keys", type=float, default=1.0, help="share of the keys' correction that is taken: less keeps them more distinct")
     p.add_argument("--schedule", default=None, help="fit on the states that this schedule leads to")
     p.add_argument("--router", default="static", help="the router beside it")
     args = p.parse_args()
@@ -120,7 +128,8 @@ def main():
     tokenizer, t = load_tokenizer(args.model), time.time()
     parts = [load_samples(args.data, model, tokenizer, part, n, args.max_prompt, max_response=8, seed=args.seed)
              for part, n in (("train", args.nsamples), ("watch", args.nsamples and max(args.nsamples // 4, 1)))]
-    f = fit(model, *parts, args.rank, Schedule.load(args.schedule) if args.schedule else None, args.router, args.seed)
+    f = fit(model, *parts, args.rank, Schedule.load(args.schedule) if args.schedule else None, args.router, args.seed,
+            not args.only_kv, args.keys)
     f.meta |= config
     f.save(f"{args.out_dir}/forecaster.safetensors")
     print("unexplained share of update, key and value, held out: " + "  ".join(f"{l}:{e:.2f}" for l, e in enumerate(f.meta["held_out_error"])))

@@ -301,7 +301,7 @@ class Block(nn.Module):
             h = x if rows is None else x.index_select(0, rows)
         if p.forecast is not None:
             update, missing = p.forecast
-            p = p.next(forecast=None, x=x + update)
+            p = p.next(forecast=None, x=x + update if update.shape[1] else x)
         if part == "mlp":
             h = self.rest(h, None, part)
             return p.next(x=h) if rows is None else p.next(held=(rows, h))
@@ -426,7 +426,7 @@ class Block(nn.Module):
         a, skipped, missing = self.norm1(x), x, None
         if p.forecast is not None:
             update, missing = p.forecast
-            skipped, missing = x + update, missing * (1 - gate.to(x.dtype)[:, None]) if kv == "keep" else None
+            skipped, missing = x + update if update.shape[1] else x, missing * (1 - gate.to(x.dtype)[:, None]) if kv == "keep" else None
             p = p.next(forecast=None)
         if part == "mlp":
             return p.next(x=skipped + gate.to(x.dtype)[:, None] * (self.rest(x, None, part) - skipped))
@@ -657,11 +657,13 @@ class FTPModel(nn.Module):
             forecaster = Forecaster.load(forecaster)
         if forecaster is not None:
             check_fingerprint(forecaster.fingerprint, self.fingerprint, "--forecaster: it")
-            if (forecaster.a.shape[:2], forecaster.c.shape[1]) != ((self.config.n_layer, self.config.hidden_size),
-                                                                   self.config.hidden_size + self.config.kv_bytes(1, 1)):
+            n, d, e = self.config.n_layer, self.config.hidden_size, self.config.kv_bytes(1, 1)
+            if (forecaster.a.shape[:2], forecaster.c.shape[1]) != ((n, d), d * forecaster.update + e):
                 raise FTPError("--forecaster: its shape does not fit the model; fit it again with fit_forecaster.py")
             if forecaster.c.device != self.device or forecaster.c.dtype != self.dtype:
                 forecaster = forecaster.to(self.device, self.dtype)
+            if not forecaster.update and kv != "keep":
+                raise FTPError(f"--kv {kv}: this forecaster corrects keys and values alone; give --kv keep")
         self.forecaster = forecaster
         if learned and "forecast" in router.inputs and forecaster is None:
             raise FTPError("--router: it reads forecasts; give --forecaster, the one it was trained with")
@@ -847,7 +849,7 @@ class FTPModel(nn.Module):
             st.flops[ph] += c.block_flops(attend[i], 0 if kv_only else pairs[i], (total[i] - attend[i]) * kv_only, transform[i])
             st.late[ph] = st.late[ph] + (c.block_flops(0, pairs[i]) if kv_only else 0)
             if routed and self.forecaster is not None:
-                st.flops[ph] += c.forecast_flops(self.forecaster.rank, total[i])
+                st.flops[ph] += self.forecaster.flops(total[i])
             if routed and isinstance(self.router, Router) and (i == 0 or self.decode == "threshold"):
                 st.flops[ph] += self.router.flops(total[i])
         if self.reads_scores(l) and keep is not None:

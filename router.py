@@ -172,13 +172,14 @@ class Router(nn.Module):
 class Forecaster:
     """Linear forecast for a token that skips block l: what the block would have added to its state, and what is missing from the
     key and value that it offers. With u the state scaled to unit RMS (so that no massive activation rules), both are
-    (u @ a[l]) @ b[l] + c[l]: its first d columns the update, the others the correction of key (before rotary) and value.
+    (u @ a[l]) @ b[l] + c[l]: its first d columns the update, the others the correction of key (before rotary) and value. Without
+    `update` there are only the others, and the state stays as it was.
 
-    a (n_layer, d, rank), b (n_layer, rank, d + 2 * n_kv_head * head_dim), c (n_layer, the same); rank 0 is the mean alone.
+    a (n_layer, d, rank), b (n_layer, rank, d * update + 2 * n_kv_head * head_dim), c (n_layer, the same); rank 0 is the mean alone.
     Made by fit_forecaster.py.
     """
-    def __init__(self, a, b, c, fingerprint, meta=None):
-        self.a, self.b, self.c, self.fingerprint, self.meta = a, b, c, fingerprint, meta or {}
+    def __init__(self, a, b, c, fingerprint, meta=None, update=True):
+        self.a, self.b, self.c, self.fingerprint, self.meta, self.update = a, b, c, fingerprint, meta or {}, update
 
     @property
     def rank(self):
@@ -190,17 +191,23 @@ class Forecaster:
 
     def to(self, device, dtype):
         a, b, c = (t.to(device, dtype) for t in (self.a, self.b, self.c))
-        return Forecaster(a, b, c, self.fingerprint, self.meta)
+        return Forecaster(a, b, c, self.fingerprint, self.meta, self.update)
 
     def __call__(self, l, x):
-        """Tokens x (N, d) that skip block l -> their update (N, d), correction of keys and values (N, 2 * n_kv_head * head_dim)."""
+        """Tokens x (N, d) that skip block l -> their update (N, d), or (N, 0), and the correction of keys and values
+        (N, 2 * n_kv_head * head_dim)."""
         a, b, c = (t[l].to(x.device) for t in (self.a, self.b, self.c))
         out = torch.addmm(c, F.rms_norm(x, x.shape[1:]) @ a, b) if self.rank else c.expand(len(x), -1)
-        return out[:, :self.d], out[:, self.d:]
+        return out.tensor_split([self.d * self.update], 1)
+
+    def flops(self, tokens):
+        """FLOPs before one block; all tokens take the forecast, the computed ones then overwrite theirs."""
+        return 2 * self.rank * sum(self.b.shape[2:], self.d) * tokens
 
     def save(self, path):
         save_tensors(path, {"a": self.a, "b": self.b, "c": self.c}, {
-            "format": "ftp-forecaster-2", "fingerprint": self.fingerprint, "rank": self.rank, "meta": self.meta})
+            "format": "ftp-forecaster-2", "fingerprint": self.fingerprint, "rank": self.rank, "update": self.update,
+            "meta": self.meta})
 
     @property
     def id(self):
@@ -208,7 +215,7 @@ class Forecaster:
 
     @classmethod
     def load(cls, path):
-        t, o = load_tensors(path, "ftp-forecaster-2", "--forecaster", {"fingerprint": FINGERPRINT, "rank": int, "meta": (dict, None)})
+        t, o = load_tensors(path, "ftp-forecaster-2", "--forecaster", {"fingerprint": FINGERPRINT, "rank": int, "meta": (dict, None), "update": (bool, None)})
         n, d, e = (list(t[k].shape[i:i + 1] if k in t else ()) for k, i in (("a", 0), ("a", 1), ("c", 1)))  # as far as there are any
         check_tensors(t, {"a": (*n, *d, o["rank"]), "b": (*n, o["rank"], *e), "c": (*n, *e)}, f"--forecaster: {path}")
-        return cls(t["a"], t["b"], t["c"], o["fingerprint"], o.get("meta"))
+        return cls(t["a"], t["b"], t["c"], o["fingerprint"], o.get("meta"), o.get("update") is not False)

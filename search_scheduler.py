@@ -225,10 +225,9 @@ def work(fitness):
 def flops_converter(config, T, routing, largest):
     """Function: thousandths of a block's FLOPs to save on a prompt of T tokens -> the sparsity that saves them under the static order
     (skips that keep K/V or are forecast cost what they cost), and the most thousandths, those of sparsity `largest`."""
-    rank = routing["forecaster"] and routing["forecaster"].rank
     dense = config.prefill_flops(T, [0.0], head=0)
     grid = [i / GRAIN for i in range(1, round(largest * GRAIN) + 1)]
-    gain = [GRAIN * (1 - config.prefill_flops(T, [s], routing["kv"], head=0, forecast_rank=rank) / dense) for s in grid]
+    gain = [GRAIN * (1 - config.prefill_flops(T, [s], routing["kv"], head=0, forecaster=routing["forecaster"]) / dense) for s in grid]
     points = [(0.0, 0.0)] + [(g, s) for g, s in zip(gain, grid) if g > 0]
     x, y = zip(*points)
     return lambda u: round(float(np.interp(u, x, y)), 6), int(x[-1])

@@ -151,7 +151,7 @@ def test_quota_is_met_and_counted(tiny, routed, schedule):
     one.score_rows([tokens(50, 1)], [50])
     if model.router == "static" or (isinstance(model.router, Router) and model.kv == "drop"):  # else the pairs depend on who is kept
         cost = [model.config.prefill_flops(50, s, model.kv, model.router if isinstance(model.router, Router) else None, head=0,
-                                           forecast_rank=model.forecaster and 4)
+                                           forecaster=model.forecaster)
                 if s is not None else model.config.prefill_flops(50, [0] * 6, head=0) for s in (schedule.sparsity, None)]
         assert one.stats.used("prefill") == pytest.approx(cost[0])
         assert one.stats.saved("prefill") == pytest.approx(1 - cost[0] / cost[1])
@@ -279,7 +279,7 @@ def test_forecaster_is_the_least_squares_fit(tiny, tmp_path):
     with torch.no_grad():
         x = torch.cat([torch.nn.functional.rms_norm(p.x, (32,))[1:] for p in noise]).double()
         y = torch.cat([torch.cat((t.x - n.x, kv(p.x) - kv(n.x)), 1)[1:] for n, p, t in zip(noise, passes, after)]).double()
-    weight = torch.cat([(1 / y[:, i].square().sum()).expand(y[:, i].shape[1]) for i in (slice(32), slice(32, None))]) / 2
+    weight = torch.cat([(1 / t.square().sum()).expand(t.shape[1]) for t in y.split([32, 16, 16], 1)]) / 3
     wrong = lambda got: float(((got - y).square().sum(0) * weight).sum() / (y.square().sum(0) * weight).sum())
     one = torch.cat((x, torch.ones(len(x), 1)), 1)
     best = wrong(one @ torch.linalg.lstsq(one, y).solution)
