@@ -112,7 +112,7 @@ def make_router(model, schedule=None, seed=0, forecaster=None, **kw):
         g = torch.Generator().manual_seed(seed)
         samples = [(torch.randint(3, 97, (20,), generator=g).tolist(), torch.randint(3, 97, (30,), generator=g).tolist())
                    for _ in range(6)]
-        model.use(schedule, r, forecaster=forecaster)
+        model.use(schedule, r, kv="keep" if forecaster else "drop", forecaster=forecaster)
         r.meta = {"decode_threshold": model.calibrate_decode(samples), "schedule_id": schedule.id}
         model.use()
     return r

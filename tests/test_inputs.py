@@ -154,6 +154,10 @@ def test_artefacts_are_checked_by_name(tiny, schedule, tmp_path):
     f = Forecaster(torch.ones(6, 32, 3), torch.ones(6, 3, 64), torch.ones(6, 64), tiny.fingerprint)
     f.save(tmp_path / "f.safetensors")
     assert Forecaster.load(tmp_path / "f.safetensors").id == f.id
+    narrow = Forecaster(torch.ones(6, 32, 3), torch.ones(6, 3, 32), torch.ones(6, 32), tiny.fingerprint, update=False)
+    narrow.save(tmp_path / "f.safetensors")
+    tiny.use(schedule, kv="keep", forecaster=tmp_path / "f.safetensors")
+    refused("--kv keep", tiny.use, schedule, forecaster=narrow)
     for a, b, c in (((6, 32, 3), (6, 3, 64), (6, 63)), ((6, 32, 3), (5, 3, 64), (6, 64)), ((6, 32), (6, 3, 64), (6, 64))):
         save_tensors(tmp_path / "f.safetensors", {"a": torch.ones(a), "b": torch.ones(b), "c": torch.ones(c)},
                      {"format": "ftp-forecaster-2", "fingerprint": tiny.fingerprint, "rank": 3})
@@ -281,5 +285,8 @@ def test_self_answers_go_on_from_whole_batches(workshop, tmp_path, monkeypatch):
     path.unlink()
     path.with_suffix(".part").write_text("".join(whole.splitlines(True)[:3]))  # one whole batch, and half of the next
     assert data.self_responses(model, tokenizer, max_new_tokens=4, batch_size=2) == rows and path.read_text() == whole
+    texts = data.self_text(model, tokenizer, max_new_tokens=30, n=5)
+    assert len({r["text"] for r in texts}) > 1 and all(isinstance(r["text"], str) for r in texts)
     monkeypatch.setattr(FTPModel, "generate", None)                             # the third time nothing is generated
+    assert data.self_text(model, tokenizer, max_new_tokens=30, n=5) == texts
     assert data.self_responses(model, tokenizer, max_new_tokens=4, batch_size=2) == rows

@@ -16,15 +16,17 @@ MODES = [dict(router="static"), dict(router="static", decode="rule"), dict(route
          dict(router="learned", one_pass=True, decode="threshold"), dict(router="learned", score="mean", decode="threshold"),
          dict(router="hidden", decode="threshold"), dict(router="local", decode="threshold"),
          dict(router="recurrent", decode="threshold"), dict(router="static", forecaster=True),
-         dict(router="learned", decode="threshold", forecaster=True), dict(router="foreseeing", decode="threshold", forecaster=True)]
+         dict(router="learned", decode="threshold", forecaster=True), dict(router="foreseeing", decode="threshold", forecaster=True),
+         dict(router="learned", decode="threshold", forecaster="kv")]
 
 
 def use(model, schedule, router, **kw):
     if kw.get("forecaster"):
         g = torch.Generator().manual_seed(3)
         draw = lambda *n: 0.2 * torch.randn(*n, generator=g)
-        wide = 32 + model.config.kv_bytes(1, 1)
-        kw["forecaster"] = Forecaster(draw(6, 32, 4), draw(6, 4, wide), draw(6, wide), model.fingerprint)
+        update = kw["forecaster"] is True or kw["kv"] == "drop"  # corrections of K/V alone need K/V that are kept
+        wide = 32 * update + model.config.kv_bytes(1, 1)
+        kw["forecaster"] = Forecaster(draw(6, 32, 4), draw(6, 4, wide), draw(6, wide), model.fingerprint, update=update)
     if router in ("learned", "foreseeing", "hidden", "local", "recurrent"):
         made = {"learned": {}, "foreseeing": dict(inputs=("position", "forecast")), "hidden": dict(inputs=("position", "score", "rank", "sparsity", "hidden")),
                 "local": dict(kind="local"), "recurrent": dict(kind="recurrent")}[router]

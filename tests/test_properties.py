@@ -20,7 +20,7 @@ routers = st.one_of(st.sampled_from(["static", "attention"]), st.fixed_dictionar
     kind=st.sampled_from(["global", "local", "recurrent"]), inputs=inputs, width=st.integers(1, 16), score=st.sampled_from([1, 4, 16, "mean"]),
     seed=st.integers(0, 99))))
 modes = st.fixed_dictionaries(dict(router=routers, prefill=st.sampled_from(["topk", "argmax"]), decode=st.sampled_from(["dense", "threshold", "rule"]),
-                                   kv=st.sampled_from(["drop", "keep"]), one_pass=st.booleans(), forecaster=st.booleans()))
+                                   kv=st.sampled_from(["drop", "keep"]), one_pass=st.booleans(), forecaster=st.sampled_from([None, "kv", "all"])))
 examples = st.tuples(schedules, batches, modes, st.integers(0, 2 ** 20))
 
 
@@ -36,15 +36,17 @@ def setup(model, sparsity, mode):
     """Put an example's routing in place."""
     s, mode, router = Schedule(sparsity, model.fingerprint), dict(mode), mode["router"]
     g = torch.Generator().manual_seed(5)
-    wide = D + model.config.kv_bytes(1, 1)
     draw = lambda *n: 0.2 * torch.randn(*n, generator=g)
     if isinstance(router, dict):
         mode["router"] = make_router(model, **router)
         mode["router"].meta = {"decode_threshold": torch.randn(L, generator=g).tolist(), "schedule_id": s.id}
-        mode["forecaster"] |= "forecast" in router["inputs"]
+        mode["forecaster"] = "all" if "forecast" in router["inputs"] else mode["forecaster"]
     else:  # these know neither argmax nor thresholds
         mode |= {"prefill": "topk", "decode": "rule" if mode["decode"] == "rule" else "dense"}
-    mode["forecaster"] = Forecaster(draw(L, D, 3), draw(L, 3, wide), draw(L, wide), model.fingerprint) if mode["forecaster"] else None
+    if mode["forecaster"]:
+        update = mode["forecaster"] == "all" or mode["kv"] == "drop"
+        wide = D * update + model.config.kv_bytes(1, 1)
+        mode["forecaster"] = Forecaster(draw(L, D, 3), draw(L, 3, wide), draw(L, wide), model.fingerprint, update=update)
     return model.use(s, **mode)
 
 

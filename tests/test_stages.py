@@ -244,6 +244,9 @@ def test_forecast_pipeline(workshop, tmp_path):
     mix = f"{b[1]},{texts},{workshop[1] / 'book.txt'}"
     call("fit_forecaster.py", *a, "--data", mix, "--max_prompt", 60, "--nsamples", 40, "--rank", 8, "--schedule", tmp_path / "schedule.json")
     again = Forecaster.load(tmp_path / "forecaster.safetensors")
+    call("fit_forecaster.py", *a, *b, "--nsamples", 8, "--rank", 8, "--only_kv", "--keys", 0.5, "--out_dir", tmp_path / "kv")
+    narrow = Forecaster.load(tmp_path / "kv" / "forecaster.safetensors")
+    assert not narrow.update and narrow.b.shape[2] == again.b.shape[2] - narrow.d and narrow.flops(1) == 2 * 8 * (narrow.d + narrow.b.shape[2])
     tune = ("--tune_forecaster", 0.01, "--inputs", "position,score,forecast", *more)
     train(workshop, tmp_path, tmp_path / "schedule.json", "--steps", 8, *tune)
     tuned, router = Forecaster.load(tmp_path / "forecaster_ft.safetensors"), Router.load(tmp_path / "router.safetensors")
