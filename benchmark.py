@@ -271,6 +271,7 @@ def main():
     device, n = model.device, model.config.n_layer
     check(max(lengths) + args.n_decode <= model.config.max_len, f"--lengths {args.lengths}: longer than the model's {model.config.max_len}")
     routing, static = routing_of(args) | {"decode": args.decode}, routing_of(args, learned=False)
+    static |= {"decode": "rule"} if args.decode == "rule" else {}  # the paper's rule needs no router, thresholds do
     variants = {"dense": Ours(model)}
     if schedule:
         if router:
