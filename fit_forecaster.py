@@ -74,7 +74,7 @@ def solve(xx, xy, yy, held, rank, update=True):
         even = (b.norm(dim=1) / a.norm(dim=0).clamp(min=1e-12)).sqrt()          # factors of equal size, so that both can be tuned
         a, b = a * even, b / even[:, None]
         c = (xy[d] - xx[d, :d] @ a @ b) / xx[d, d]                              # so that the mean is exact
-        wrong = float((error(torch.cat((a @ b, c[None])), *held) * weight).sum() / (held[2] * weight).sum().clamp(min=1e-12))  # nothing drifts before the first skip
+        wrong = float((error(torch.cat((a @ b, c[None])), *held) * weight).sum() / (held[2] * weight).sum().clamp(min=1e-12))
         if best is None or wrong < best[-1]:
             best = (a, b, c, ridge, wrong)
     return best
