@@ -405,7 +405,7 @@ def test_embedded_model(tmp_path):
         raise
     from transformers import AutoModelForCausalLM
 
-    from model_ftp import find_model
+    from files import find_model
     model, hf = FTPModel.from_pretrained("smollm2"), AutoModelForCausalLM.from_pretrained(find_model("smollm2"))
     tok = data.load_tokenizer("smollm2")
     ids = data.render(tok, "What is the capital of France?")
