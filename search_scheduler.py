@@ -2,7 +2,7 @@
 
     python search_scheduler.py --sparsity 0.30                                  # -> out/schedule.json
     python search_scheduler.py --model meta-llama/Llama-2-7b-hf --data tatsu-lab/alpaca --nsamples 64 --evaluations 1000
-    python search_scheduler.py --method uniform --out_dir out/uniform           # or --method bi: no search, for comparison
+    python search_scheduler.py --method uniform --out_dir out/uniform           # or bi, or late: no search
     python search_scheduler.py --flops_saved 0.30 --kv keep --forecaster out/forecaster.safetensors
     python search_scheduler.py --sparsity 0.30 --resume                         # go on after an interruption
     torchrun --nproc_per_node 8 search_scheduler.py --sparsity 0.30             # the same schedule, a generation spread over 8 GPUs
@@ -276,7 +276,8 @@ def main():
     p = search_flags(Parser(__doc__).common().routing(), evaluations=150, move=0.3)
     p.add_argument("--sparsity", type=float, default=0.30, help="target: mean share of tokens that skip a block")
     p.add_argument("--flops_saved", type=float, default=None, help="target as the share of the prompts' block FLOPs saved, instead of --sparsity")
-    p.add_argument("--method", default="ga", choices=["ga", "uniform", "bi"], help="genetic search, or a plain allocation")
+    p.add_argument("--method", default="ga", choices=["ga", "uniform", "bi", "late"],
+                   help="genetic search, or a plain allocation: equal, by block influence, or the last blocks alone")
     args = p.parse_args()
     check_flags(args)
     check(0 < args.sparsity < 1, f"--sparsity {args.sparsity}: must lie between 0 and 1")
@@ -307,7 +308,8 @@ def main():
                                Path(out) / "search_state.json", settings)
         units = best["units"]
     else:
-        units = uniform if args.method == "uniform" else by_bi
+        late = [min(top, max(0, total - top * (L - 1 - l))) for l in range(L)]
+        units = {"uniform": uniform, "bi": by_bi, "late": late}[args.method]
     base = watch.items(uniform)
     watch.known.pop(tuple(units), None)  # run it once more, so that model.stats are its own
     kl = watch.items(units)

@@ -247,6 +247,10 @@ def test_forecast_pipeline(workshop, tmp_path):
     call("fit_forecaster.py", *a, *b, "--nsamples", 8, "--rank", 8, "--only_kv", "--keys", 0.5, "--out_dir", tmp_path / "kv")
     narrow = Forecaster.load(tmp_path / "kv" / "forecaster.safetensors")
     assert not narrow.update and narrow.b.shape[2] == again.b.shape[2] - narrow.d and narrow.flops(1) == 2 * 8 * (narrow.d + narrow.b.shape[2])
+    call("search_scheduler.py", *a, *b, "--method", "late", "--flops_saved", 0.2, "--kv", "keep", "--forecaster", tmp_path / "kv" / "forecaster.safetensors",
+         "--nsamples", 4, "--nwatch", 2, "--out_dir", tmp_path / "kv")
+    late = Schedule.load(tmp_path / "kv" / "schedule.json")
+    assert late.sparsity == sorted(late.sparsity) and late.sparsity[-1] == 0.99 and late.meta["flops_saved"] == pytest.approx(0.2, abs=0.04)
     tune = ("--tune_forecaster", 0.01, "--inputs", "position,score,forecast", *more)
     train(workshop, tmp_path, tmp_path / "schedule.json", "--steps", 8, *tune)
     tuned, router = Forecaster.load(tmp_path / "forecaster_ft.safetensors"), Router.load(tmp_path / "router.safetensors")
