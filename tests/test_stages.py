@@ -187,7 +187,7 @@ def test_evaluation(made, workshop, tmp_path):
              "--tasks", f"mine={d}/task.jsonl,winogrande={d}/partial.jsonl,lambada={d}/lambada.jsonl"]
     call(*words, "--rows", "uniform")
     got = call(*words, "--rows", "uniform,static,ftp,ftp_decode,rule,random,attention", "--resume")
-    assert "dense: " in got.stdout and "uniform: " not in got.stdout  # it was there
+    assert "dense: " not in got.stdout and "uniform: " not in got.stdout and "static: " in got.stdout  # these two were there
     assert "KL of uniform minus KL of ftp" in got.stdout
     o = json.loads((tmp_path / "eval.json").read_text())
     rows = {r["name"]: r for r in o["rows"]}
@@ -250,7 +250,7 @@ def test_forecast_pipeline(workshop, tmp_path):
     call("search_scheduler.py", *a, *b, "--method", "late", "--flops_saved", 0.2, "--kv", "keep", "--forecaster", tmp_path / "kv" / "forecaster.safetensors",
          "--nsamples", 4, "--nwatch", 2, "--out_dir", tmp_path / "kv")
     late = Schedule.load(tmp_path / "kv" / "schedule.json")
-    assert late.sparsity == sorted(late.sparsity) and late.sparsity[-1] == 0.99 and late.meta["flops_saved"] == pytest.approx(0.2, abs=0.04)
+    assert late.sparsity == sorted(late.sparsity) and late.sparsity[-1] > 0.9 and late.meta["flops_saved"] == pytest.approx(0.2, abs=0.04)
     tune = ("--tune_forecaster", 0.01, "--inputs", "position,score,forecast", *more)
     train(workshop, tmp_path, tmp_path / "schedule.json", "--steps", 8, *tune)
     tuned, router = Forecaster.load(tmp_path / "forecaster_ft.safetensors"), Router.load(tmp_path / "router.safetensors")
