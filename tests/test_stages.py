@@ -417,6 +417,11 @@ def test_embedded_model(tmp_path):
         assert torch.allclose(model(torch.tensor([ids])), hf(torch.tensor([ids])).logits, atol=1e-3)
     assert "Paris" in tok.decode(model.generate([ids], max_new_tokens=12)[0])
     rows = [json.loads(line) for line in (ROOT / "prompts.jsonl").read_text().splitlines()[:48]]
+    prompt = data.encode(tok, "\n".join(r["input"] for r in rows))[:256]
+    for folder in sorted((ROOT / "artifacts").glob("smollm2-*")):  # what the repository carries fits this model, and saves what it says
+        model.use(folder / "schedule_ft.json", folder / "router.safetensors", decode="threshold")(torch.tensor([prompt]))
+        assert model.stats.saved("prefill") == pytest.approx(float(folder.name[-4:]), abs=0.01)
+    model.use()
     answers = model.generate([data.render(tok, r["instruction"], r["input"]) for r in rows], max_new_tokens=24, temperature=0.7)
     (tmp_path / "few.json").write_text(json.dumps([r | {"output": tok.decode(a)} for r, a in zip(rows, answers)]))
     few = ["--nsamples", 12, "--nwatch", 8, "--out_dir", tmp_path, "--data", tmp_path / "few.json"]
