@@ -42,6 +42,11 @@ def collect(files, text):
     return points
 
 
+def level(row):
+    """What tells a method's levels apart at any prompt length: the share of tokens that skip, or, of a narrower model, the FLOPs saved."""
+    return row["sparsity_prefill"] or row.get("flops_saved_prefill") or 0.0
+
+
 def merge(points, cost, join):
     """Points of one name that lie within `join` of their neighbour in FLOPs saved become one, "saved" and the quality with their spread."""
     check(points, "eval files: no row beside dense; evaluate some method first")
@@ -50,17 +55,17 @@ def merge(points, cost, join):
         if last is None or last["name"] != p["name"] or p[cost] - last[cost] > join:
             groups.append([])
         groups[-1].append(p)
-    return [{"name": g[0]["name"]} | {k: spread([p[f] for p in g]) for k, f in (("saved", cost), ("sparsity", "sparsity_prefill"), *zip(QUALITY, QUALITY))}
-            for g in groups]
+    return [{"name": g[0]["name"], "level": spread([level(p) for p in g])}
+            | {k: spread([p[f] for p in g]) for k, f in (("saved", cost), *zip(QUALITY, QUALITY))} for g in groups]
 
 
 def add_speed(points, bench, length):
-    """Give each point the prefill speed-up measured under its name at its sparsity (within 0.05), batch 1; returns the prompt length taken."""
-    rows = [r for some, *_ in read(bench, "ftp-bench-1", "--bench") for r in some if (r["phase"], r["batch_size"]) == ("prefill", 1) and r["sparsity_prefill"]]
+    """Give each point the prefill speed-up measured under its name at its level (within 0.05), batch 1; returns the prompt length taken."""
+    rows = [r for some, *_ in read(bench, "ftp-bench-1", "--bench") for r in some if (r["phase"], r["batch_size"]) == ("prefill", 1) and level(r)]
     length = length or max((r["prompt_len"] for r in rows), default=0)
     for p in points:  # the bench row "static 0.3" is the method static
         near = [r for r in rows if r["prompt_len"] == length and p["name"] in (r["name"], r["name"].rpartition(" ")[0])
-                and abs(r["sparsity_prefill"] - p["sparsity"]["mean"]) <= 0.05]
+                and abs(level(r) - p["level"]["mean"]) <= 0.05]
         p |= {k: spread([r[f] for r in near]) for k, f in (("speed", "speedup_vs_dense"), ("ms", "median_ms"), ("bound", "flops_bound"))}
     check(any(p["speed"]["n"] for p in points), f"--bench: no prefill of {length} tokens at batch 1 fits a method; give another --length or file")
     return length

@@ -231,16 +231,20 @@ def eval_file(path, rows, **settings):
 def test_pareto(tmp_path, capsys):
     """Seeds of one level become one point with its spread, levels stay apart, speed-ups find their point, unlike files are refused."""
     files = [eval_file(tmp_path / f"{i}.json", {"ftp": (0.30 + 0.001 * i, 22.0 + i, 0.1 * (i + 1), 0.9), "static": (0.22, 30.0, 0.5, None)}) for i in range(3)]
-    files.append(eval_file(tmp_path / "hard.json", {"ftp": (0.40, 40.0, 0.9, 0.5)}))
+    files.append(eval_file(tmp_path / "hard.json", {"ftp": (0.40, 40.0, 0.9, 0.5), "width": (0.31, 60.0, 0.9, 0.1)}))
+    o = json.loads(files[-1].read_text())
+    o["rows"][-1]["sparsity_prefill"] = 0.0  # a narrower model skips nothing
+    files[-1].write_text(json.dumps(o))
     bench = lambda name, T, s, x: {"name": name, "phase": "prefill", "batch_size": 1, "prompt_len": T, "sparsity_prefill": s, "speedup_vs_dense": x,
                                    "median_ms": 10 / x, "flops_bound": 1.5}
     (tmp_path / "bench.json").write_text(json.dumps({"format": "ftp-bench-1", "rows": [
         bench("dense", 64, 0.0, 1.0), bench("ftp", 64, 0.3, 1.3), bench("ftp", 32, 0.3, 9.0), bench("ftp", 64, 0.41, 1.6), bench("static 0.22", 64, 0.22, 1.2),
-        bench("transformers", 64, None, 1.0)]}))
+        bench("transformers", 64, None, 1.0), bench("width", 64, 0.0, 1.1) | {"flops_saved_prefill": 0.28}]}))
     inside("analysis/pareto.py", *files, f"new={files[0]}", "--bench", tmp_path / "bench.json", "--out_dir", tmp_path, capsys=capsys)
     points = json.loads((tmp_path / "pareto.json").read_text())["points"]
-    assert [(q["name"], q["saved"]["n"]) for q in points] == [("ftp", 3), ("ftp", 1), ("new ftp", 1), ("new static", 1), ("static", 3)]
+    assert [(q["name"], q["saved"]["n"]) for q in points] == [("ftp", 3), ("ftp", 1), ("new ftp", 1), ("new static", 1), ("static", 3), ("width", 1)]
     a, hard, static = points[0], points[1], points[4]
+    assert points[5]["speed"]["mean"] == 1.1
     assert a["saved"]["mean"] == pytest.approx(0.301) and a["ppl"] == {"mean": pytest.approx(1.15), "std": pytest.approx(0.05), "n": 3}
     assert a["kl"]["mean"] == pytest.approx(0.2) and a["kl"]["std"] == pytest.approx(0.1) and hard["kl"] == {"mean": 0.9, "std": None, "n": 1}
     assert [q["speed"]["mean"] for q in (a, hard, static, points[2])] == [1.3, 1.6, 1.2, None]
