@@ -21,7 +21,7 @@ test: .venv/ready
 	$(PY) -m ruff check .
 	$(PY) -m mypy
 	$(PY) -m coverage erase
-	$(PY) -m coverage run -m pytest -q
+	OMP_NUM_THREADS=1 $(PY) -m coverage run -m pytest -q -n 2 --dist worksteal
 	$(PY) -m coverage combine -q
 	$(PY) -m coverage report --fail-under=90
 

@@ -166,7 +166,7 @@ class Config:
             if router is not None and 0 < s < 1:
                 total += router.flops(T)
             if forecaster is not None and 0 < s < 1:
-                total += forecaster.flops(T)
+                total += forecaster.flops(T, k)
             if router is not None and {"score", "rank"} & set(router.inputs) and any(0 < v < 1 for v in sparsity[l + 1:]):
                 total += c.score_flops(min(window, k), k)
         return total

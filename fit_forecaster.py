@@ -12,6 +12,7 @@ the one of lowest error on held-out samples. No gradient step. Routing by what c
 2510.13831, a forecaster trained by gradient; SwiftKV, arXiv 2410.03960, takes later blocks' K/V from an earlier state); fitted in closed
 form on routed states, under FTP's scheduler and router, it is new as far as we know.
 """
+import math
 import random
 import time
 
@@ -20,7 +21,7 @@ import torch.nn.functional as F
 
 from common import Parser, bar, check, run, start
 from data import load_samples, load_tokenizer
-from model_ftp import batches
+from model_ftp import batches, kl_divergence, response_rows
 from router import Forecaster, Schedule
 
 RIDGES = (1e-4, 1e-2, 1e-1, 1.0)  # times the mean variance of the inputs
@@ -80,15 +81,17 @@ def solve(xx, xy, yy, held, rank, update=True):
     return best
 
 
-@torch.inference_mode()
-def fit(model, samples, held, rank, schedule=None, router="static", seed=0, update=True, keys=1.0):
+@torch.no_grad()
+def fit(model, samples, held, rank, schedule=None, router="static", seed=0, keys=1.0):
     """Forecaster of `rank` from samples [(prompt ids, response ids)], the ridge from `held`; prompts are routed by `schedule`, else by
-    random ones. keys: share of the keys' correction that is taken. Its meta tells the ridge and the held-out error of each block."""
-    c, rng = model.config, random.Random(seed)
-    e, kv = c.hidden_size * update + c.kv_bytes(1, 1), c.kv_bytes(1, 1)
+    random ones. rank None: keys and values alone, of the blocks from the schedule's first skip on. keys: share of the keys' correction
+    that is taken. Its meta tells the ridge and the held-out error of each block."""
+    c, rng, update = model.config, random.Random(seed), rank is not None
+    kv = c.kv_bytes(1, 1)
+    first = next(l for l, s in enumerate(schedule.sparsity) if s > 0) if schedule else 0
+    n, d, e = c.n_layer - first, c.hidden_size, c.hidden_size * update + kv
     groups = [(g, i >= len(samples)) for part, i in ((samples, 0), (held, len(samples))) for _, g in batches(part, 2048)]
-    f = Forecaster(torch.zeros(c.n_layer, c.hidden_size, rank), torch.zeros(c.n_layer, rank, e), torch.zeros(c.n_layer, e),
-                   model.fingerprint, update=update)
+    f = Forecaster(torch.zeros(n, d, rank if update else e), torch.zeros(n, rank, e) if update else None, torch.zeros(n, e), c.n_layer, model.fingerprint)
     plans = [schedule or random_schedule(model, rng) for _ in groups]
     dense = routed = [model.use().begin_samples(g) for g, _ in groups]
     ridges, errors, held_out = [], [], torch.tensor([h for _, h in groups])
@@ -96,20 +99,85 @@ def fit(model, samples, held, rank, schedule=None, router="static", seed=0, upda
         model.use()
         dense, routed = ([p.to(model.place_of(l)) for p in part] for part in (dense, routed))
         after = [model.step(l, p) for p in dense]
-        pick = lambda h: ([x for x, is_held in zip(part, held_out) if is_held == h] for part in (routed, dense, after))
-        xx, xy, yy = moments(model, l, *pick(False), update=update)
-        *f_l, ridge, wrong = solve(xx, xy, yy, moments(model, l, *pick(True), update=update), rank, update)
-        for whole, mine in zip((f.a, f.b, f.c), f_l):
-            whole[l] = mine.float()
-        for whole in (f.b, f.c):
-            whole[l, ..., e - kv:e - kv // 2] *= keys
-        ridges.append(ridge)
-        errors.append(wrong)
-        ready = f.to(model.device, model.dtype)
-        routed = [model.use(s, router, kv="keep", forecaster=ready).step(l, p) for s, p in zip(plans, routed)]
+        if l >= first:
+            pick = lambda h: ([x for x, is_held in zip(part, held_out) if is_held == h] for part in (routed, dense, after))
+            xx, xy, yy = moments(model, l, *pick(False), update=update)
+            a_l, b_l, c_l, ridge, wrong = solve(xx, xy, yy, moments(model, l, *pick(True), update=update), rank if update else e, update)
+            for whole in (b_l, c_l):
+                whole[..., e - kv:e - kv // 2] *= keys
+            if update:
+                f.b[l - first] = b_l.float()
+            else:  # the block's own projections of the same state, and what they miss
+                block = model.blocks[l]
+                a_l = a_l @ b_l + (block.qkv.weight[-kv:] * block.norm1.weight).T.double().cpu()
+                c_l = c_l if block.qkv.bias is None else c_l + block.qkv.bias[-kv:].double().cpu()
+            f.a[l - first], f.c[l - first] = a_l.float(), c_l.float()
+            ridges.append(ridge)
+            errors.append(wrong)
+            ready = f.to(model.device, model.dtype)
+            routed = [model.use(s, router, kv="keep", forecaster=ready).step(l, p) for s, p in zip(plans, routed)]
         dense = after
+        routed = routed if l >= first else dense
     f.meta = {"tokens": sum(len(a) for a, _ in samples), "ridge": ridges, "held_out_error": errors}
     return f
+
+
+def tune(model, f, samples, held, schedule, steps, lr, batch_size=4, seed=0, router="static", every=50):
+    """Train a Forecaster's tensors by distillation, KL(dense || routed) on the response tokens, on the path that inference runs. What comes
+    before the first skip is the same at every step, and run once: a step costs the blocks behind it, on the tokens that compute them.
+    Leaves the values of lowest KL on the samples `held`; returns [(step, that KL)]."""
+    L = model.config.n_layer
+    first = next(l for l, s in enumerate(schedule.sparsity) if s > 0)
+
+    @torch.no_grad()
+    def before(some):
+        """[(sample, its state before the first skip, last dense states of the rows that predict its response)]"""
+        out = []
+        for s in bar(some, desc="teacher", unit="sample"):
+            p, h = model.use().begin_samples([s]), None
+            for l in range(L):
+                h = p.x if l == first else h
+                p = model.step(l, p)
+            out.append((s, h, p.x[response_rows([s])[0]]))
+        return out
+
+    def student_kl(some):
+        group = [s for s, _, _ in some]
+        p = model.use(schedule, router, kv="keep", forecaster=f).begin_samples(group)
+        p = p.next(x=torch.cat([h for _, h, _ in some]))
+        for l in range(first, L):
+            p = model.step(l, p)
+        with torch.no_grad():
+            aim = model.logits(torch.cat([t for _, _, t in some]))
+        return kl_divergence(aim, model.logits(p.x[response_rows(group)[0]]))
+
+    def watch():
+        with torch.no_grad():
+            return float(torch.cat([student_kl([s]) for s in kept]).mean())
+
+    data, kept, rng = before(samples), before(held), random.Random(seed)
+    tensors = {k: t.requires_grad_() for k, t in f.tensors.items()}
+    optimizer = torch.optim.Adam(tensors.values(), lr)
+    history, t = [(0, watch())], time.time()
+    best = {k: v.detach().clone() for k, v in tensors.items()}
+    for step in bar(range(1, steps + 1), desc="tune", unit="step"):
+        for g in optimizer.param_groups:
+            g["lr"] = lr * min(1, step / 20) * (0.51 + 0.49 * math.cos(math.pi * step / steps))
+        loss = student_kl(rng.sample(data, min(batch_size, len(data)))).mean()
+        check(bool(loss.isfinite()), f"--lr {lr}: the loss of step {step} is NaN or infinite; lower it")
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(tensors.values(), 1.0)
+        optimizer.step()
+        if step % every == 0 or step == steps:
+            history.append((step, watch()))
+            if history[-1][1] == min(k for _, k in history):
+                best = {k: v.detach().clone() for k, v in tensors.items()}
+            print(f"step {step:4d}  KL {loss.item():.4f}  watched {history[-1][1]:.4f} (before tuning {history[0][1]:.4f})  "
+                  f"{step / (time.time() - t) * 60:.0f} steps/min", flush=True)
+    for k, v in tensors.items():
+        v.requires_grad_(False).copy_(best[k])
+    return history
 
 
 def main():
@@ -118,22 +186,39 @@ def main():
     p.add_argument("--data", default="self", help='calibration: "self" (own answers), "text" (own texts), .json/.jsonl, .txt or datasets ids, commas between')
     p.add_argument("--max_prompt", type=int, default=512, help="longest prompt taken, tokens; plain text comes in windows of it")
     p.add_argument("--nsamples", type=int, default=None, help="samples to fit on, default all of the training part")
-    p.add_argument("--only_kv", action="store_true", help="no update of the state: for schedules whose skips run to the last block")
+    p.add_argument("--only_kv", action="store_true", help="keys and values alone: for schedules whose skips run to the last block")
     p.add_argument("--keys", type=float, default=1.0, help="share of the keys' correction that is taken: less keeps them more distinct")
     p.add_argument("--schedule", default=None, help="fit on the states that this schedule leads to")
     p.add_argument("--router", default="static", help="the router beside it")
+    p.add_argument("--forecaster", default=None, help="tune this one instead of fitting one")
+    p.add_argument("--tune", type=int, default=0, help="steps of distillation after the fit, under --schedule")
+    p.add_argument("--tune_lr", type=float, default=2e-4, help="their largest learning rate")
+    p.add_argument("--batch_size", type=int, default=4, help="their samples a step")
+    p.add_argument("--tune_samples", type=int, default=400, help="training samples they are drawn from")
+    p.add_argument("--nwatch", type=int, default=24, help="samples that choose the best step")
+    p.add_argument("--max_response", type=int, default=64, help="their response tokens")
     args = p.parse_args()
     model, config = start(args)
     check(0 <= args.rank <= model.config.hidden_size, f"--rank {args.rank}: must lie between 0 and {model.config.hidden_size}")
+    for flag in ("only_kv", "tune"):
+        check(args.schedule or not getattr(args, flag), f"--{flag}: needs the blocks that skip; give --schedule")
     tokenizer, t = load_tokenizer(args.model), time.time()
-    parts = [load_samples(args.data, model, tokenizer, part, n, args.max_prompt, max_response=8, seed=args.seed)
-             for part, n in (("train", args.nsamples), ("watch", args.nsamples and max(args.nsamples // 4, 1)))]
-    f = fit(model, *parts, args.rank, Schedule.load(args.schedule) if args.schedule else None, args.router, args.seed,
-            not args.only_kv, args.keys)
-    f.meta |= config
-    f.save(f"{args.out_dir}/forecaster.safetensors")
-    print("unexplained share of update, key and value, held out: " + "  ".join(f"{l}:{e:.2f}" for l, e in enumerate(f.meta["held_out_error"])))
-    print(f"{f.meta['tokens']} tokens, rank {args.rank}, {time.time() - t:.0f} s -> {args.out_dir}/forecaster.safetensors")
+    schedule = Schedule.load(args.schedule) if args.schedule else None
+    load = lambda part, n, length: load_samples(args.data, model, tokenizer, part, n, args.max_prompt, max_response=length, seed=args.seed)
+    if args.forecaster:
+        f = Forecaster.load(args.forecaster)
+    else:
+        f = fit(model, load("train", args.nsamples, 8), load("watch", args.nsamples and max(args.nsamples // 4, 1), 8),
+                None if args.only_kv else args.rank, schedule, args.router, args.seed, args.keys)
+        f.meta |= config
+        print("unexplained share of what it forecasts, held out: " + "  ".join(f"{l}:{e:.2f}" for l, e in enumerate(f.meta["held_out_error"], f.first)))
+        print(f"{f.meta['tokens']} tokens, rank {f.rank}, {time.time() - t:.0f} s -> {args.out_dir}/forecaster.safetensors", flush=True)
+        f.save(f"{args.out_dir}/forecaster.safetensors")
+    if args.tune:
+        f.meta["tuning"] = tune(model, f, load("train", args.tune_samples, args.max_response), load("watch", args.nwatch, args.max_response), schedule,
+                                args.tune, args.tune_lr, args.batch_size, args.seed, args.router)
+        f.save(f"{args.out_dir}/forecaster.safetensors")
+        print(f"tuned, watched KL {min(f.meta['tuning'], key=lambda e: e[1])[1]:.4f} -> {args.out_dir}/forecaster.safetensors")
 
 
 if __name__ == "__main__":

@@ -260,16 +260,17 @@ class Block(nn.Module):
         self.down = nn.Linear(c.intermediate_size, d, False)
         self.shortcut1, self.shortcut2 = (nn.Linear(d, d, False) if c.shortcut else nn.Identity() for _ in range(2))
 
-    def heads(self, a, rope, first=0, last=None, missing=None):
-        """Projections first..last (heads, of n_head queries + n_kv_head keys + n_kv_head values) of normalised states a (N, d), queries and
-        keys normalised (Qwen3) and rotated -> (N, heads, head_dim). missing (N, 2 * n_kv_head * head_dim) is added to keys and values."""
-        c, D = self.c, self.c.head_dim
-        last = c.n_head + 2 * c.n_kv_head if last is None else last
-        rows, bias = slice(first * D, last * D), self.qkv.bias
-        t = F.linear(a, self.qkv.weight[rows], None if bias is None else bias[rows])
-        if missing is not None:
-            t = t + F.pad(missing, (t.shape[1] - missing.shape[1], 0))
-        t, turned = t.unflatten(1, (-1, D)), min(last, c.n_head + c.n_kv_head) - first
+    def project(self, a, first=0, last=None):
+        """Heads first..last (of n_head queries + n_kv_head keys + n_kv_head values) of normalised states a (N, d) -> (N, heads * head_dim)."""
+        rows, bias = slice(first * self.c.head_dim, None if last is None else last * self.c.head_dim), self.qkv.bias
+        return F.linear(a, self.qkv.weight[rows], None if bias is None else bias[rows])
+
+    def turn(self, t, rope, first=0):
+        """Projections t (N, heads * head_dim), heads from `first` on, as attention takes them: queries and keys normalised (Qwen3) and
+        rotated (N, heads, head_dim), and values."""
+        c = self.c
+        t = t.unflatten(1, (-1, c.head_dim))
+        turned = min(t.shape[1], c.n_head + c.n_kv_head - first)
         qk, n = t[:, :turned], max(c.n_head - first, 0)
         if c.qk_norm:
             qk = torch.cat((self.q_norm(qk[:, :n]), self.k_norm(qk[:, n:])), 1)
@@ -291,7 +292,7 @@ class Block(nn.Module):
         kv "drop" or "keep": whether skipped tokens offer a key and value. score: W or "mean" to refresh the
         score table, None when no later decision reads it. part: "attention" or "mlp" runs this sub-block alone.
         """
-        rows, at, stored, H, missing = keep.rows, None, keep.counts, self.c.n_head, None
+        rows, at, stored, H, update, more = keep.rows, None, keep.counts, self.c.n_head, None, None
         if p.forecast is None and (kv == "drop" or rows is None):
             if not keep.counts.any():
                 return p
@@ -300,18 +301,23 @@ class Block(nn.Module):
             x = p.x
             h = x if rows is None else x.index_select(0, rows)
         if p.forecast is not None:
-            update, missing = p.forecast
+            update, more = p.forecast
             p = p.next(forecast=None, x=x + update if update.shape[1] else x)
         if part == "mlp":
             h = self.rest(h, None, part)
             return p.next(x=h) if rows is None else p.next(held=(rows, h))
         if kv == "keep" and rows is not None:
-            a = self.norm1(x)
-            k, v = self.heads(a, p.rope, H, missing=missing if missing is None else missing * ~keep.mask[:, None])
-            q, _ = self.heads(a[rows], keep.rope, 0, H)
+            if update is not None and not update.shape[1]:     # the forecast is the skipped tokens' keys and values themselves
+                q, own = self.project(self.norm1(h)).split([H * self.c.head_dim, more.shape[1]], 1)
+                more = more.index_copy(0, rows, own)
+            else:
+                a = self.norm1(x)
+                q, own = self.project(a[rows], 0, H), self.project(a, H)
+                more = own if more is None else own + more * ~keep.mask[:, None]
+            (q, _), (k, v) = self.turn(q, keep.rope), self.turn(more, p.rope, H)
             at, stored = p.local[rows], p.counts
         else:
-            qk, v = self.heads(self.norm1(h), keep.rope)
+            qk, v = self.turn(self.project(self.norm1(h)), keep.rope)
             q, k = qk[:, :H], qk[:, H:]
         if p.cache is not None:
             past = p.cache.len[self.l, p.slots]
@@ -423,14 +429,18 @@ class Block(nn.Module):
         """
         x, rows = p.x, keep.rows
         gate = keep.gate if keep.gate is not None else torch.ones_like(p.place) if rows is None else keep.mask.float()
-        a, skipped, missing = self.norm1(x), x, None
+        t, skipped, wide = self.project(self.norm1(x)), x, self.c.n_head * self.c.head_dim
         if p.forecast is not None:
-            update, missing = p.forecast
-            skipped, missing = x + update if update.shape[1] else x, missing * (1 - gate.to(x.dtype)[:, None]) if kv == "keep" else None
+            update, more = p.forecast
+            if update.shape[1]:
+                skipped = x + update
+            if kv == "keep":
+                more = (1 - gate.to(x.dtype)[:, None]) * (more if update.shape[1] else more - t[:, wide:])
+                t = t + F.pad(more, (wide, 0))
             p = p.next(forecast=None)
         if part == "mlp":
             return p.next(x=skipped + gate.to(x.dtype)[:, None] * (self.rest(x, None, part) - skipped))
-        qk, v = self.heads(a, p.rope, missing=missing)
+        qk, v = self.turn(t, p.rope)
         q, k = qk[:, :self.c.n_head], qk[:, self.c.n_head:]
         out = []
         for i, n in zip(p.start, p.n):
@@ -602,7 +612,7 @@ class FTPModel(nn.Module):
             raise FTPError("--compile: no C++ compiler found; install g++ or set CXX, or leave --compile out")
         torch._dynamo.config.recompile_limit = 32  # all heads, K/V or Q alone; one row or several; rotary or not: more cases than torch's 8
         for b in self.blocks:
-            b.heads, b.rest = (torch.compile(f, fullgraph=True, dynamic=True, backend=backend) for f in (b.heads, b.rest))
+            b.turn, b.rest = (torch.compile(f, fullgraph=True, dynamic=True, backend=backend) for f in (b.turn, b.rest))
         return self
 
     # -- routing
@@ -657,13 +667,15 @@ class FTPModel(nn.Module):
             forecaster = Forecaster.load(forecaster)
         if forecaster is not None:
             check_fingerprint(forecaster.fingerprint, self.fingerprint, "--forecaster: it")
-            n, d, e = self.config.n_layer, self.config.hidden_size, self.config.kv_bytes(1, 1)
-            if (forecaster.a.shape[:2], forecaster.c.shape[1]) != ((n, d), d * forecaster.update + e):
+            f, d, e = forecaster, self.config.hidden_size, self.config.kv_bytes(1, 1)
+            if (f.n_layer, f.d, f.c.shape[1]) != (self.config.n_layer, d, e if f.b is None else d + e) or len(f.a) > f.n_layer:
                 raise FTPError("--forecaster: its shape does not fit the model; fit it again with fit_forecaster.py")
-            if forecaster.c.device != self.device or forecaster.c.dtype != self.dtype:
-                forecaster = forecaster.to(self.device, self.dtype)
-            if not forecaster.update and kv != "keep":
-                raise FTPError(f"--kv {kv}: this forecaster corrects keys and values alone; give --kv keep")
+            if f.c.device != self.device or f.c.dtype != self.dtype:
+                forecaster = f.to(self.device, self.dtype)
+            if f.b is None and kv != "keep":
+                raise FTPError(f"--kv {kv}: this forecaster gives keys and values alone; give --kv keep")
+            if schedule is not None and any(0 < v < 1 for v in schedule.sparsity[:f.first]):
+                raise FTPError(f"--forecaster: it serves blocks from {f.first} on, the schedule skips in earlier ones; fit it for this schedule")
         self.forecaster = forecaster
         if learned and "forecast" in router.inputs and forecaster is None:
             raise FTPError("--router: it reads forecasts; give --forecaster, the one it was trained with")
@@ -849,7 +861,7 @@ class FTPModel(nn.Module):
             st.flops[ph] += c.block_flops(attend[i], 0 if kv_only else pairs[i], (total[i] - attend[i]) * kv_only, transform[i])
             st.late[ph] = st.late[ph] + (c.block_flops(0, pairs[i]) if kv_only else 0)
             if routed and self.forecaster is not None:
-                st.flops[ph] += self.forecaster.flops(total[i])
+                st.flops[ph] += self.forecaster.flops(total[i], kept[i])
             if routed and isinstance(self.router, Router) and (i == 0 or self.decode == "threshold"):
                 st.flops[ph] += self.router.flops(total[i])
         if self.reads_scores(l) and keep is not None:

@@ -170,52 +170,64 @@ class Router(nn.Module):
 
 
 class Forecaster:
-    """Linear forecast for a token that skips block l: what the block would have added to its state, and what is missing from the
-    key and value that it offers. With u the state scaled to unit RMS (so that no massive activation rules), both are
-    (u @ a[l]) @ b[l] + c[l]: its first d columns the update, the others the correction of key (before rotary) and value. Without
-    `update` there are only the others, and the state stays as it was.
+    """What a token that skips block l takes instead: a linear map of u, its state scaled to unit RMS (so that no massive activation rules).
 
-    a (n_layer, d, rank), b (n_layer, rank, d * update + 2 * n_kv_head * head_dim), c (n_layer, the same); rank 0 is the mean alone.
-    Made by fit_forecaster.py.
+    With a and b, low-rank: (u @ a[l]) @ b[l] + c[l], its first d columns the update of the state, the others what is missing from the
+    key (before rotary) and value that the block's own projections give. With b None the state stays as it was, for nothing but later
+    keys and values reads it, and u @ a[l] + c[l] are key and value themselves, in place of the block's projections.
+
+    a (n, d, rank), b (n, rank, d + 2 * n_kv_head * head_dim), c (n, the same) for the last n of n_layer blocks; rank 0 is the mean alone.
+    With b None: a (n, d, 2 * n_kv_head * head_dim), c (n, the same). Made by fit_forecaster.py.
     """
-    def __init__(self, a, b, c, fingerprint, meta=None, update=True):
-        self.a, self.b, self.c, self.fingerprint, self.meta, self.update = a, b, c, fingerprint, meta or {}, update
+    def __init__(self, a, b, c, n_layer, fingerprint, meta=None):
+        self.a, self.b, self.c, self.n_layer, self.fingerprint, self.meta = a, b, c, n_layer, fingerprint, meta or {}
+
+    @property
+    def first(self):
+        """The first block that it serves."""
+        return self.n_layer - len(self.a)
+
+    @property
+    def tensors(self):
+        return {k: t for k, t in (("a", self.a), ("b", self.b), ("c", self.c)) if t is not None}
 
     @property
     def rank(self):
-        return self.a.shape[2]
+        return "full" if self.b is None else self.a.shape[2]
 
     @property
     def d(self):
         return self.a.shape[1]
 
     def to(self, device, dtype):
-        a, b, c = (t.to(device, dtype) for t in (self.a, self.b, self.c))
-        return Forecaster(a, b, c, self.fingerprint, self.meta, self.update)
+        t = {"b": None} | {k: t.to(device, dtype) for k, t in self.tensors.items()}
+        return Forecaster(t["a"], t["b"], t["c"], self.n_layer, self.fingerprint, self.meta)
 
     def __call__(self, l, x):
-        """Tokens x (N, d) that skip block l -> their update (N, d), or (N, 0), and the correction of keys and values
-        (N, 2 * n_kv_head * head_dim)."""
-        a, b, c = (t[l].to(x.device) for t in (self.a, self.b, self.c))
-        out = torch.addmm(c, F.rms_norm(x, x.shape[1:]) @ a, b) if self.rank else c.expand(len(x), -1)
-        return out.tensor_split([self.d * self.update], 1)
+        """Tokens x (N, d) that skip block l -> update (N, d) and missing part of keys and values (N, 2 * n_kv_head * head_dim); with b None
+        (N, 0) and the keys and values."""
+        t = {k: t[l - self.first].to(x.device) for k, t in self.tensors.items()}
+        out = F.rms_norm(x, x.shape[1:]) @ t["a"] if t["a"].shape[1] else x.new_zeros(len(x), 0)
+        out = out + t["c"] if self.b is None else torch.addmm(t["c"], out, t["b"])
+        return out.tensor_split([0 if self.b is None else self.d], 1)
 
-    def flops(self, tokens):
-        """FLOPs before one block; all tokens take the forecast, the computed ones then overwrite theirs."""
-        return 2 * self.rank * sum(self.b.shape[2:], self.d) * tokens
+    def flops(self, tokens, kept):
+        """FLOPs that it adds before one block, of whose `tokens` `kept` compute it: all take the forecast, the computed ones then overwrite
+        theirs. A skipped token's keys and values count as the block's own; with b None they cost the same."""
+        return 2 * self.a[0].numel() * kept if self.b is None else 2 * self.rank * (self.d + self.b.shape[2]) * tokens
 
     def save(self, path):
-        save_tensors(path, {"a": self.a, "b": self.b, "c": self.c}, {
-            "format": "ftp-forecaster-2", "fingerprint": self.fingerprint, "rank": self.rank, "update": self.update,
-            "meta": self.meta})
+        save_tensors(path, self.tensors, {"format": "ftp-forecaster-3", "fingerprint": self.fingerprint, "rank": self.rank,
+                                          "n_layer": self.n_layer, "meta": self.meta})
 
     @property
     def id(self):
-        return tensors_id({"a": self.a, "b": self.b, "c": self.c})
+        return tensors_id(self.tensors)
 
     @classmethod
     def load(cls, path):
-        t, o = load_tensors(path, "ftp-forecaster-2", "--forecaster", {"fingerprint": FINGERPRINT, "rank": int, "meta": (dict, None), "update": (bool, None)})
+        t, o = load_tensors(path, "ftp-forecaster-3", "--forecaster", {"fingerprint": FINGERPRINT, "rank": (int, str), "n_layer": int, "meta": (dict, None)})
         n, d, e = (list(t[k].shape[i:i + 1] if k in t else ()) for k, i in (("a", 0), ("a", 1), ("c", 1)))  # as far as there are any
-        check_tensors(t, {"a": (*n, *d, o["rank"]), "b": (*n, o["rank"], *e), "c": (*n, *e)}, f"--forecaster: {path}")
-        return cls(t["a"], t["b"], t["c"], o["fingerprint"], o.get("meta"), o.get("update") is not False)
+        want = {"a": (*n, *d, *e), "c": (*n, *e)} if o["rank"] == "full" else {"a": (*n, *d, o["rank"]), "b": (*n, o["rank"], *e), "c": (*n, *e)}
+        check_tensors(t, want, f"--forecaster: {path}")
+        return cls(t["a"], t.get("b"), t["c"], o["n_layer"], o["fingerprint"], o.get("meta"))

@@ -141,6 +141,11 @@ def shapes(L, total, top, rng):
     return [allocate([(l / L) ** steep for l in range(L)], total, top, rng) for steep in (0, 0.3, 1, 2, 4, 8, 99)]
 
 
+def late(L, total, top):
+    """The budget in the last blocks alone."""
+    return [min(top, max(0, total - top * (L - 1 - l))) for l in range(L)]
+
+
 def mutate(u, total, top, rng, largest):
     """Move budget between two blocks, one to three times."""
     u = list(u)
@@ -308,8 +313,7 @@ def main():
                                Path(out) / "search_state.json", settings)
         units = best["units"]
     else:
-        late = [min(top, max(0, total - top * (L - 1 - l))) for l in range(L)]
-        units = {"uniform": uniform, "bi": by_bi, "late": late}[args.method]
+        units = {"uniform": uniform, "bi": by_bi, "late": late(L, total, top)}[args.method]
     base = watch.items(uniform)
     watch.known.pop(tuple(units), None)  # run it once more, so that model.stats are its own
     kl = watch.items(units)

@@ -253,8 +253,8 @@ def main():
     learner, tuned = dict(router.named_parameters()), []
     if args.tune_forecaster:
         check(routing["forecaster"] is not None, "--tune_forecaster: nothing to tune; give --forecaster")
-        tuned = [getattr(routing["forecaster"], k).requires_grad_() for k in "abc"]
-        learner |= {f"forecaster.{k}": q for k, q in zip("abc", tuned)}
+        learner |= {f"forecaster.{k}": q.requires_grad_() for k, q in routing["forecaster"].tensors.items()}
+        tuned = list(routing["forecaster"].tensors.values())
     rates = [{"params": list(router.parameters()), "top": args.lr}] + [{"params": tuned, "top": args.tune_forecaster}] * bool(tuned)
     optimizer = torch.optim.Adam(rates, args.lr)
     settings = {k: v for k, v in vars(args).items() if k not in ("resume", "threads", "out_dir")} | {

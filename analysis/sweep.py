@@ -1,10 +1,11 @@
-"""Quality against prompt FLOPs saved, with plain skips (the paper's) and with forecasts and kept K/V.
+"""Quality against prompt FLOPs saved, with plain skips (the paper's), with forecasts of states, keys and values, and of late keys and values.
 
     python analysis/sweep.py --text calibration.txt --test_text test.txt          # -> out/sweep.png, out/sweep.json
     python analysis/sweep.py --test_text test.txt --resume                        # only the points that are missing
 
-Each point takes the better of a few schedule shapes on the calibration text; the forecaster is fitted on random schedules once, and
-again on the chosen one. Quality is that of another text: KL to the dense model and perplexity of the tokens after each prompt.
+A point of skip or forecast takes the better of a few schedule shapes on the calibration text; the forecaster is fitted on random schedules
+once, and again on the chosen one. late skips the last blocks alone, under fit_forecaster.py --only_kv, not tuned. Quality is that of
+another text: KL to the dense model and perplexity of the tokens after each prompt.
 """
 import math
 import random
@@ -23,7 +24,7 @@ from files import FTPError, load_json, save_json
 from fit_forecaster import fit
 from model_ftp import Stats, kl_divergence
 from router import Forecaster
-from search_scheduler import GRAIN, Fitness, flops_converter, shapes
+from search_scheduler import GRAIN, Fitness, flops_converter, late, shapes
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -34,8 +35,9 @@ def main():
     p.add_argument("--text", default="self", help="calibration text (.txt, .jsonl or datasets id)")
     p.add_argument("--test_text", default="self", help="text to measure on, another one than --text")
     p.add_argument("--levels", default="0.2,0.3,0.4,0.5,0.6,0.7", help="shares of the prompts' block FLOPs to save")
-    p.add_argument("--methods", default="skip,forecast", help="of skip, forecast")
+    p.add_argument("--methods", default="skip,forecast,late", help="of skip, forecast, late")
     p.add_argument("--rank", type=int, default=64, help="rank of the forecaster")
+    p.add_argument("--keys", type=float, default=1.0, help="share of the keys' correction that it takes")
     p.add_argument("--context", type=int, default=256, help="prompt tokens of a window")
     p.add_argument("--scored", type=int, default=64, help="scored tokens of a window")
     p.add_argument("--nfit", type=int, default=120, help="windows the forecaster is fitted on; a fifth of them choose its ridge")
@@ -48,7 +50,7 @@ def main():
     except ValueError:
         raise FTPError(f"--levels {args.levels}: give numbers like 0.2,0.3") from None
     methods = args.methods.split(",")
-    check(set(methods) <= {"skip", "forecast"}, f"--methods {args.methods}: of skip, forecast")
+    check(set(methods) <= {"skip", "forecast", "late"}, f"--methods {args.methods}: of skip, forecast, late")
     model, config = start(args)
     tokenizer, L, path = load_tokenizer(args.model), model.config.n_layer, f"{args.out_dir}/sweep.json"
     cut = lambda text, n: (lambda w: random.Random(args.seed).sample(w, min(n, len(w))))(
@@ -72,18 +74,19 @@ def main():
             if method == "forecast" and first is None:
                 kept = Path(args.out_dir) / "sweep_forecaster.safetensors"
                 if not (args.resume and kept.exists()):
-                    fit(model, *parts, args.rank, seed=args.seed).save(kept)
+                    fit(model, *parts, args.rank, seed=args.seed, keys=args.keys).save(kept)
                 first = Forecaster.load(kept)
-            t, routing = time.time(), {"kv": "keep", "forecaster": first} if method == "forecast" else {"kv": "drop", "forecaster": None}
+            t, routing = time.time(), {"kv": "drop" if method == "skip" else "keep", "forecaster": first if method == "forecast" else None}
             convert, top = flops_converter(model.config, args.context, routing, 0.99)
             total = round(level * L * GRAIN)
             if total > top * (L - 1):
                 print(f"{method} {level}: out of reach", flush=True)
                 continue
             fitness = Fitness(model, calibration[:args.nsearch], convert=convert, **routing)
-            s = fitness.schedule(min((tuple(u) for u in shapes(L, total, top, random.Random(args.seed))), key=fitness))
-            if method == "forecast":
-                routing["forecaster"] = fit(model, *parts, args.rank, s, seed=args.seed)
+            s = fitness.schedule(late(L, total, top) if method == "late" else
+                                 min((tuple(u) for u in shapes(L, total, top, random.Random(args.seed))), key=fitness))
+            if method != "skip":
+                routing["forecaster"] = fit(model, *parts, args.rank if method == "forecast" else None, s, seed=args.seed, keys=args.keys)
             model.use(s, "static", **routing).stats = Stats(L)
             states = model.response_states(test)[0]
             kl = sum(float(kl_divergence(model.logits(a), model.logits(b)).sum()) for a, b in zip(teacher.split(512), states.split(512)))
@@ -93,10 +96,11 @@ def main():
             print(f"{method:8s} {q['flops_saved']:.3f} of FLOPs saved  KL {q['kl']:.4f}  perplexity {q['ppl']:.2f} ({q['ppl'] / dense:.3f}x)", flush=True)
             save_json(path, {"format": "ftp-sweep-1", "config": config, "settings": settings, "points": points})
     fig, axes = plt.subplots(1, 2, figsize=(9, 3.6))
-    for method, style in (("skip", "o--"), ("forecast", "s-")):
+    for method, style in (("skip", "o--"), ("forecast", "s-"), ("late", "^-")):
         mine = sorted((q["flops_saved"], q["kl"], q["ppl"] / dense) for q in points if q["method"] == method)
         for a, i in zip(axes, (1, 2)):
-            a.plot([q[0] for q in mine], [q[i] for q in mine], style, label={"skip": "plain skip, K/V dropped"}.get(method, "forecast, K/V kept"))
+            a.plot([q[0] for q in mine], [q[i] for q in mine], style, label={"skip": "plain skip, K/V dropped", "forecast": "states, keys and values forecast",
+                                                                          "late": "late keys and values forecast"}[method])
     for a, what, scale in zip(axes, ("KL to the dense model, nats per token", "perplexity, times dense"), ("log", "linear")):
         a.set(xlabel="prompt block FLOPs saved", ylabel=what, yscale=scale)
         a.grid(alpha=0.3)

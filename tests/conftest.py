@@ -14,10 +14,20 @@ sys.path.insert(0, str(ROOT))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from model_ftp import FTPModel  # noqa: E402
-from router import Router, Schedule  # noqa: E402
+from router import Forecaster, Router, Schedule  # noqa: E402
 
 TORTURE = bool(os.environ.get("FTP_TORTURE"))  # make torture: the long forms
 TALLY: Counter = Counter()                     # what the bounded tests went through, told at the end
+
+
+def pytest_sessionfinish(session):
+    if hasattr(session.config, "workeroutput"):  # one of pytest -n: hand it to the process that prints
+        session.config.workeroutput["tally"] = dict(TALLY)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    TALLY.update(node.workeroutput["tally"])
 
 
 def pytest_terminal_summary(terminalreporter):
@@ -101,6 +111,14 @@ def workshop(tmp_path_factory):
 @pytest.fixture
 def schedule(tiny):
     return Schedule([0.0, 0.3, 0.5, 0.7, 0.2, 0.4], tiny.fingerprint)
+
+
+def make_forecaster(model, rank=4, seed=3):
+    """A forecaster of random weights for all blocks of a tiny model; rank None: one of keys and values alone."""
+    g, n, d, kv = torch.Generator().manual_seed(seed), model.config.n_layer, model.config.hidden_size, model.config.kv_bytes(1, 1)
+    draw = lambda *shape: 0.2 * torch.randn(*shape, generator=g)
+    a, b, c = (draw(n, d, kv), None, draw(n, kv)) if rank is None else (draw(n, d, rank), draw(n, rank, d + kv), draw(n, d + kv))
+    return Forecaster(a, b, c, n, model.fingerprint)
 
 
 def make_router(model, schedule=None, seed=0, forecaster=None, **kw):

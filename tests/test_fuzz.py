@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import TALLY, TORTURE, make_router, tokens
+from conftest import TALLY, TORTURE, make_forecaster, make_router, tokens
 
 import data
 import evaluate
@@ -121,9 +121,7 @@ def bench(workshop, tmp_path_factory):
     router = make_router(model, schedule)
     router.meta |= {"settings": {"kv": "drop", "one_pass": False, "forecaster": None}, "history": [{"step": 0, "watch_kl": 0.5}]}
     schedule.decode_threshold, schedule.router_id = [0.0] * L, router.id
-    wide = model.config.hidden_size + model.config.kv_bytes(1, 1)
-    g = torch.Generator().manual_seed(0)
-    forecaster = Forecaster(*(0.1 * torch.randn(*n, generator=g) for n in ((L, 32, 4), (L, 4, wide), (L, wide))), model.fingerprint)
+    forecaster = make_forecaster(model)
     schedule.save(d / "schedule.json")
     router.save(d / "router.safetensors")
     forecaster.save(d / "forecaster.safetensors")

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import TALLY, TORTURE, make_hf, make_router, tokens
+from conftest import TALLY, TORTURE, make_forecaster, make_hf, make_router, tokens
 from safetensors.torch import load_file, save_file
 from test_stages import common, inside
 
@@ -151,16 +151,20 @@ def test_artefacts_are_checked_by_name(tiny, schedule, tmp_path):
     save_file({k: v.double() for k, v in weights.items()}, tmp_path / "r.safetensors")
     save_json(tmp_path / "r.json", twin)
     refused("float64, not float32", Router.load, tmp_path / "r.safetensors")
-    f = Forecaster(torch.ones(6, 32, 3), torch.ones(6, 3, 64), torch.ones(6, 64), tiny.fingerprint)
+    f = make_forecaster(tiny, 3)
     f.save(tmp_path / "f.safetensors")
     assert Forecaster.load(tmp_path / "f.safetensors").id == f.id
-    narrow = Forecaster(torch.ones(6, 32, 3), torch.ones(6, 3, 32), torch.ones(6, 32), tiny.fingerprint, update=False)
+    narrow = make_forecaster(tiny, None)
     narrow.save(tmp_path / "f.safetensors")
     tiny.use(schedule, kv="keep", forecaster=tmp_path / "f.safetensors")
     refused("--kv keep", tiny.use, schedule, forecaster=narrow)
+    late = Forecaster(narrow.a[3:], None, narrow.c[3:], 6, tiny.fingerprint)
+    refused("it serves blocks from 3 on", tiny.use, schedule, kv="keep", forecaster=late)
+    tiny.use(Schedule([0.0, 0.0, 0.0, 0.0, 0.5, 0.9], tiny.fingerprint), kv="keep", forecaster=late)
+    refused("shape does not fit", tiny.use, schedule, kv="keep", forecaster=Forecaster(narrow.a, None, narrow.c, 7, tiny.fingerprint))
     for a, b, c in (((6, 32, 3), (6, 3, 64), (6, 63)), ((6, 32, 3), (5, 3, 64), (6, 64)), ((6, 32), (6, 3, 64), (6, 64))):
         save_tensors(tmp_path / "f.safetensors", {"a": torch.ones(a), "b": torch.ones(b), "c": torch.ones(c)},
-                     {"format": "ftp-forecaster-2", "fingerprint": tiny.fingerprint, "rank": 3})
+                     {"format": "ftp-forecaster-3", "fingerprint": tiny.fingerprint, "rank": 3, "n_layer": 6})
         refused("tensor [abc] has shape", Forecaster.load, tmp_path / "f.safetensors")
 
 

@@ -1,12 +1,12 @@
 """Properties that hold for any schedule, lengths, batch, router, decode mode and K/V policy, on examples that hypothesis draws."""
 import pytest
 import torch
-from conftest import TALLY, TORTURE, make_router, tokens
+from conftest import TALLY, TORTURE, make_forecaster, make_router, tokens
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from config import quota
-from router import Forecaster, Schedule
+from router import Schedule
 
 L, D, V = 6, 32, 97
 bounded = settings(max_examples=500 if TORTURE else 80, deadline=None, derandomize=not TORTURE, database=None, print_blob=True,
@@ -36,7 +36,6 @@ def setup(model, sparsity, mode):
     """Put an example's routing in place."""
     s, mode, router = Schedule(sparsity, model.fingerprint), dict(mode), mode["router"]
     g = torch.Generator().manual_seed(5)
-    draw = lambda *n: 0.2 * torch.randn(*n, generator=g)
     if isinstance(router, dict):
         mode["router"] = make_router(model, **router)
         mode["router"].meta = {"decode_threshold": torch.randn(L, generator=g).tolist(), "schedule_id": s.id}
@@ -44,9 +43,7 @@ def setup(model, sparsity, mode):
     else:  # these know neither argmax nor thresholds
         mode |= {"prefill": "topk", "decode": "rule" if mode["decode"] == "rule" else "dense"}
     if mode["forecaster"]:
-        update = mode["forecaster"] == "all" or mode["kv"] == "drop"
-        wide = D * update + model.config.kv_bytes(1, 1)
-        mode["forecaster"] = Forecaster(draw(L, D, 3), draw(L, 3, wide), draw(L, wide), model.fingerprint, update=update)
+        mode["forecaster"] = make_forecaster(model, 3 if mode["forecaster"] == "all" or mode["kv"] == "drop" else None)
     return model.use(s, **mode)
 
 

@@ -244,13 +244,19 @@ def test_forecast_pipeline(workshop, tmp_path):
     mix = f"{b[1]},{texts},{workshop[1] / 'book.txt'}"
     call("fit_forecaster.py", *a, "--data", mix, "--max_prompt", 60, "--nsamples", 40, "--rank", 8, "--schedule", tmp_path / "schedule.json")
     again = Forecaster.load(tmp_path / "forecaster.safetensors")
-    call("fit_forecaster.py", *a, *b, "--nsamples", 8, "--rank", 8, "--only_kv", "--keys", 0.5, "--out_dir", tmp_path / "kv")
-    narrow = Forecaster.load(tmp_path / "kv" / "forecaster.safetensors")
-    assert not narrow.update and narrow.b.shape[2] == again.b.shape[2] - narrow.d and narrow.flops(1) == 2 * 8 * (narrow.d + narrow.b.shape[2])
-    call("search_scheduler.py", *a, *b, "--method", "late", "--flops_saved", 0.2, "--kv", "keep", "--forecaster", tmp_path / "kv" / "forecaster.safetensors",
-         "--nsamples", 4, "--nwatch", 2, "--out_dir", tmp_path / "kv")
-    late = Schedule.load(tmp_path / "kv" / "schedule.json")
+    kv = tmp_path / "kv"
+    call("search_scheduler.py", *a, *b, "--method", "late", "--flops_saved", 0.2, "--kv", "keep", "--nsamples", 4, "--nwatch", 2, "--out_dir", kv)
+    late = Schedule.load(kv / "schedule.json")
     assert late.sparsity == sorted(late.sparsity) and late.sparsity[-1] > 0.9 and late.meta["flops_saved"] == pytest.approx(0.2, abs=0.04)
+    got = call("fit_forecaster.py", *a, *b, "--only_kv", "--keys", 0.5, "--schedule", kv / "schedule.json", "--tune", 6, "--tune_lr", 1e-3, "--nwatch", 4,
+               "--out_dir", kv)
+    narrow = Forecaster.load(kv / "forecaster.safetensors")
+    assert narrow.b is None and narrow.first == sum(v == 0 for v in late.sparsity) and "tuned" in got.stdout
+    assert min(k for _, k in narrow.meta["tuning"]) <= narrow.meta["tuning"][0][1]
+    assert call("fit_forecaster.py", *a, *b, "--only_kv", ok=False).returncode == 2
+    call("evaluate.py", *a, *b, "--schedule", kv / "schedule.json", "--rows", "static", "--text", texts, "--context", 100, "--scored", 20, "--kv", "keep",
+         "--forecaster", kv / "forecaster.safetensors", "--out_dir", kv)
+    assert json.loads((kv / "eval.json").read_text())["rows"][1]["flops_saved_prefill"] == pytest.approx(0.2, abs=0.04)
     tune = ("--tune_forecaster", 0.01, "--inputs", "position,score,forecast", *more)
     train(workshop, tmp_path, tmp_path / "schedule.json", "--steps", 8, *tune)
     tuned, router = Forecaster.load(tmp_path / "forecaster_ft.safetensors"), Router.load(tmp_path / "router.safetensors")
@@ -272,7 +278,8 @@ def test_sweep(workshop, tmp_path):
     call(*words, "--levels", "0.2")
     got = call(*words, "--levels", "0.2,0.4", "--resume")
     points = json.loads((tmp_path / "sweep.json").read_text())["points"]
-    assert [(q["method"], q["level"]) for q in points] == [("skip", 0.2), ("forecast", 0.2), ("skip", 0.4), ("forecast", 0.4)]
+    assert [(q["method"], q["level"]) for q in points] == [("skip", 0.2), ("forecast", 0.2), ("late", 0.2), ("skip", 0.4),
+                                                           ("forecast", 0.4), ("late", 0.4)]
     assert all(q["flops_saved"] == pytest.approx(q["level"], abs=0.05) for q in points)
     assert got.stdout.count("FLOPs saved") == 2 and (tmp_path / "sweep.png").stat().st_size > 1000
     assert call(*words, "--levels", "some", ok=False).returncode == 2
