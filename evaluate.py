@@ -191,14 +191,17 @@ def floor(model, tokenizer, task, items, protocol):
 
 
 def retention(mine, dense, key=figure):
-    """Means over tasks {name: scores} of mine / dense, and of the same with chance taken off both; None without a task above 0, or chance."""
-    kept, fixed = [], []
+    """Means over tasks {name: scores} of mine / dense, of the same with chance taken off both, and the latter pooled: the sum over tasks of
+    mine above chance by that of dense, which a task whose dense score is hardly above chance can't rule. None without a task above 0, or chance."""
+    kept, fixed, above = [], [], []
     for task, base in dense.items():
         a, b, chance = key(task, mine[task]), figure(task, base), base["chance"]
         if a is not None:
             kept += [a / b] if b > 0 else []
             fixed += [(a - chance) / (b - chance)] if b > chance else []
-    return [sum(v) / len(v) if v else None for v in (kept, fixed)]
+            above.append((a - chance, b - chance))
+    mine, full = (sum(v) for v in zip(*above)) if above else (0, 0)
+    return [*(sum(v) / len(v) if v else None for v in (kept, fixed)), mine / full if full > 0 else None]
 
 
 def nll(model, states, samples):
@@ -257,7 +260,8 @@ def evaluate_row(model, tokenizer, name, args, tasks, texts, samples, dense):
             "flops_saved_prefill": st.saved("prefill"), "flops_saved_total": st.saved("prefill", "decode")}
     base = (dense or {"row": row})["row"]["tasks"]
     for name, needed in (("retention", False), ("retention_context", True)):
-        row[name], row[f"{name}_chance_corrected"] = retention(row["tasks"], {k: v for k, v in base.items() if v["needs_context"] == needed})
+        these = {k: v for k, v in base.items() if v["needs_context"] == needed}
+        row[name], row[f"{name}_chance_corrected"], row[f"{name}_pooled"] = retention(row["tasks"], these)
     row["seconds"] = round(time.time() - t, 1)
     return row, spread
 
@@ -278,7 +282,8 @@ def table(rows, tasks, texts):
             if "ppl" in rows[0]["tasks"][t]:  # a word to find: its perplexity says more
                 columns.append((f"ppl {t}", lambda r, t=t: f"{r['tasks'][t]['ppl']:.2f}"))
         if names:
-            columns += [(what, lambda r, k=key: share(r[k])), ("corrected", lambda r, k=key: share(r[f"{k}_chance_corrected"]))]
+            columns += [(what, lambda r, k=key: share(r[k])), ("corrected", lambda r, k=key: share(r[f"{k}_chance_corrected"])),
+                        ("pooled", lambda r, k=key: share(r[f"{k}_pooled"]))]
     lines = [["row", *(head for head, _ in columns)], *([r["name"], *(get(r) for _, get in columns)] for r in rows)]
     width = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     return "\n".join("  ".join(v.ljust(w) if i == 0 else v.rjust(w) for i, (v, w) in enumerate(zip(line, width))) for line in lines)
@@ -376,8 +381,10 @@ def main():
     print(table(rows, tasks, texts))
     if args.floor and tasks:
         easy = {k: v for k, v in rows[0]["tasks"].items() if not v["needs_context"]}
-        kept = rows[0]["retention_floor"], rows[0]["retention_floor_chance_corrected"] = retention(easy, easy, lambda task, got: got["floor"])
-        print("without any question the dense model keeps " + " and, corrected for chance, ".join("-" if v is None else f"{100 * v:.1f} %" for v in kept))
+        names = "retention_floor", "retention_floor_chance_corrected", "retention_floor_pooled"
+        rows[0] |= zip(names, retention(easy, easy, lambda task, got: got["floor"]))
+        kept = ["-" if rows[0][k] is None else f"{100 * rows[0][k]:.1f} %" for k in names]
+        print(f"without any question the dense model keeps {kept[0]}; corrected for chance {kept[1]}, pooled {kept[2]}")
     by_name = {r["name"]: r for r in rows}
     for other in ("uniform", "static"):
         if "ftp" in by_name and other in by_name:

@@ -16,6 +16,7 @@ import os
 import shutil
 from contextlib import nullcontext
 from dataclasses import asdict
+from functools import lru_cache
 from itertools import accumulate, groupby
 from pathlib import Path
 
@@ -185,6 +186,12 @@ def runs(*lists):
         first += b
 
 
+@lru_cache
+def later(n, device):
+    """Which of n keys come after each of n queries, (n, n)."""
+    return torch.ones(n, n, dtype=torch.bool, device=device).triu_(1)
+
+
 def attention_probs(q, k, last=None):
     """Probabilities (b, H, Q, K) of queries q (b, Q, H, D) over keys k (b, K, Hkv, D), float32.
 
@@ -192,9 +199,9 @@ def attention_probs(q, k, last=None):
     """
     (b, Q, H, D), K, kv = q.shape, k.shape[1], k.shape[2]
     q = (q * D ** -0.5).view(b, Q, kv, -1, D).permute(0, 2, 3, 1, 4).reshape(b * kv, -1, D)
-    w = torch.bmm(q, k.permute(0, 2, 3, 1).reshape(b * kv, D, K)).float().view(b, H, Q, K)
+    w = torch.bmm(q, k.transpose(1, 2).reshape(b * kv, K, D).mT).float().view(b, H, Q, K)
     if last is None:
-        w[..., K - Q:].masked_fill_(torch.ones(Q, Q, dtype=torch.bool, device=q.device).triu_(1), -torch.inf)
+        w[..., K - Q:].masked_fill_(later(Q, q.device), -torch.inf)
     else:
         w.masked_fill_(torch.arange(K, device=q.device) > last[:, None, :, None], -torch.inf)
     return w.softmax(-1)
@@ -398,7 +405,7 @@ class Block(nn.Module):
         dev, rows = q.device, p.every if keep.rows is None else keep.rows
         key_rows = rows if at is None else p.every
         kset = keep.set_counts if at is None else p.set_counts
-        score, rank, i, j = p.score.clone(), p.rank.clone(), 0, 0
+        score, rank, known, i, j = p.score, p.rank.clone(), p.known, 0, 0
         shapes = (t.tolist() for t in (keep.counts, stored, keep.set_counts, kset))
         for f, b, (c, m, qs, ks, size, n) in runs(*shapes, p.n_set, p.n):
             qb, kb = q[i:i + b * c].unflatten(0, (b, c)), k[j:j + b * m].unflatten(0, (b, m))
@@ -409,14 +416,20 @@ class Block(nn.Module):
                 got = sum(attention_probs(qb[:, lo:min(lo + 64, qs)], kb[:, :ks], None if same else last[:, lo:min(lo + 64, qs)]).sum((1, 2))
                           for lo in range(first, qs, 64)) / q.shape[1]
                 if same:
-                    viewers = (ks - p.every[:ks]).clamp(max=qs - first)
+                    if qs - first not in known:
+                        known[qs - first] = (len(p.every) - p.every).clamp(max=qs - first)
+                    viewers = known[qs - first][-ks:]
                 else:
                     viewers = qs - torch.searchsorted(last[:, :qs].contiguous(), p.every[:ks].expand(b, ks).contiguous()).clamp(min=first)
-                score[key_rows[j:j + b * m].view(b, m)[:, :ks]] = relative_score(got / viewers, ks)
+                seen = key_rows[j:j + b * m] if ks == m else key_rows[j:j + b * m].view(b, m)[:, :ks].flatten()
+                score = score.index_copy(0, seen, relative_score(got / viewers, ks).flatten())
                 whole = slice(p.start[f], p.start[f] + b * n)  # rank over the prompt, skipped tokens by their older score
-                order = score[whole].view(b, n)[:, :size].argsort(dim=1, stable=True)
-                rank[whole].view(b, n)[:, :size].scatter_(1, order, torch.linspace(0, 1, size, device=dev).expand(b, size))
+                order = score[whole].view(b, n)[:, :size].sort(dim=1, stable=True).indices
+                if ("ramp", size) not in known:
+                    known["ramp", size] = torch.linspace(0, 1, size, device=dev)
+                rank[whole].view(b, n)[:, :size].scatter_(1, order, known["ramp", size].expand(b, size))
             if qs < c and p.own_scores:
+                score = score.clone()
                 own = own_score(attention_probs(qb[:, qs:], kb, last[:, qs:]).mean(1), last[:, qs:])
                 score[rows[i:i + b * c].view(b, c)[:, qs:]], rank[rows[i:i + b * c].view(b, c)[:, qs:]] = own
             i, j = i + b * c, j + b * m

@@ -304,6 +304,36 @@ def test_fitted_forecaster_comes_closer_to_dense(tiny, schedule, tmp_path):
     tiny.use()
 
 
+def test_late_keys_and_values(tiny, tmp_path):
+    """Where skips run to the last block: fitted keys and values are closer to dense than stale ones, tuned ones closer still on what they were
+    tuned on; they cost what the block's own projections do; and they take nothing but the dense states before the first skip."""
+    from fit_forecaster import fit, tune
+    late = Schedule([0.0, 0.0, 0.0, 0.5, 0.9, 0.9], tiny.fingerprint)
+    samples = [(tokens(40, i), tokens(20, 100 + i)) for i in range(60)]
+    f = fit(tiny, samples[:40], samples[40:], None, late)
+    assert f.first == 3 and f.a.shape == (3, 32, 32) and f.rank == "full"
+    want = tiny.use().response_states(samples)[0]
+    away = lambda h: float((tiny.use(late, kv="keep", forecaster=h).response_states(samples)[0] - want).square().mean())
+    stale, fitted = away(None), away(f)
+    flops = tiny.stats.flops["prefill"]
+    away(None)
+    assert flops - tiny.stats.flops["prefill"] == 60 * (20 + 4 + 4) * 2 * 32 * 32   # the kept tokens' forecasts, which nothing reads
+    history = tune(tiny, f, samples[:40], samples[40:50], late, 30, 2e-3, every=10)
+    assert 0 < away(f) < fitted < 0.8 * stale and min(k for _, k in history) < history[0][1]
+    f.save(tmp_path / "f.safetensors")
+    assert Forecaster.load(tmp_path / "f.safetensors").id == f.id
+    with torch.no_grad():  # by hand: block 4's cache holds the maps of the state before block 3 for the tokens that skip both
+        cache = tiny.use(late, kv="keep", forecaster=f).new_cache(1)
+        prompt = tokens(40, 7)
+        tiny.extend([prompt], cache, prompt=True)
+        p = tiny.use().begin([prompt], [40])
+        for l in range(3):
+            p = tiny.step(l, p)
+        v = (torch.nn.functional.rms_norm(p.x, (32,)) @ f.a[1] + f.c[1])[:, 16:].view(40, 2, 8)
+        assert torch.allclose(cache.v[4][0, :, 1:20].transpose(0, 1), v[1:20], atol=1e-5)
+    tiny.use()
+
+
 def test_refusals(tiny, folder, schedule, tmp_path):
     other = FTPModel.from_pretrained(folder("mha")[0])
     twin = FTPModel.from_pretrained(folder("gqa")[0])

@@ -212,9 +212,10 @@ def test_retention():
     dense = {"a": {"acc": 0.5, "acc_norm": None, "chance": 0.25}, "piqa": {"acc": 0.1, "acc_norm": 0.9, "chance": 0.5},
              "b": {"acc": 0.2, "acc_norm": 0.2, "chance": 0.25}}
     mine = {"a": {"acc": 0.25, "acc_norm": None}, "piqa": {"acc": 0.9, "acc_norm": 0.7}, "b": {"acc": 0.2, "acc_norm": 0.0}}
-    plain, fixed = evaluate.retention(mine, dense)
+    plain, fixed, pooled = evaluate.retention(mine, dense)
     assert plain == pytest.approx((0.5 + 7 / 9 + 1) / 3) and fixed == pytest.approx((0 + 0.5) / 2)
-    assert evaluate.retention({}, {}) == [None, None]
+    assert pooled == pytest.approx((0 + 0.2 - 0.05) / (0.25 + 0.4 - 0.05))
+    assert evaluate.retention({}, {}) == [None, None, None]
 
 
 def eval_file(path, rows, **settings):
