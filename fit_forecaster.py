@@ -3,14 +3,19 @@
     python fit_forecaster.py                                        # -> out/forecaster.safetensors, out/forecaster.json
     python fit_forecaster.py --data self,book.txt --rank 128
     python fit_forecaster.py --schedule out/schedule.json           # again, on the states that this schedule leads to
-    python fit_forecaster.py --only_kv --keys 0.5 --schedule ...    # the state stays, its keys and values alone are corrected
+    python fit_forecaster.py --only_kv --keys 0.5 --schedule out/schedule.json --tune 400    # keys and values alone, then tuned
 
 Reduced-rank ridge regression, block by block, against the dense model: from the states that routing with the forecasts of the blocks
 before leads to (they drift: a forecast fitted on dense states measures worse), to the dense model's next state and its keys and values.
 Without --schedule the states come from random schedules. A block's sums of products (float64) are all that is kept of it; the ridge is
-the one of lowest error on held-out samples. No gradient step. Routing by what can be forecast is known (Informed Routing, arXiv
-2510.13831, a forecaster trained by gradient; SwiftKV, arXiv 2410.03960, takes later blocks' K/V from an earlier state); fitted in closed
-form on routed states, under FTP's scheduler and router, it is new as far as we know.
+the one of lowest error on held-out samples. No gradient step, unless --tune asks for some.
+
+--only_kv is for schedules that skip the last blocks (search_scheduler.py --method late): nobody reads a skipped token's state there but
+later keys and values, so that one map of full rank a block stands for their projections and costs what they do.
+
+Routing by what can be forecast is known (Informed Routing, arXiv 2510.13831, a forecaster trained by gradient; SwiftKV, arXiv 2410.03960,
+takes later blocks' K/V of all prompt tokens from an earlier state, by distilled projections); fitted in closed form on routed states, under
+FTP's scheduler and router, it is new as far as we know.
 """
 import math
 import random
@@ -19,7 +24,7 @@ import time
 import torch
 import torch.nn.functional as F
 
-from common import Parser, bar, check, run, start
+from common import Parser, bar, check, kept, run, start
 from data import load_samples, load_tokenizer
 from model_ftp import batches, kl_divergence, response_rows
 from router import Forecaster, Schedule
@@ -122,10 +127,10 @@ def fit(model, samples, held, rank, schedule=None, router="static", seed=0, keys
     return f
 
 
-def tune(model, f, samples, held, schedule, steps, lr, batch_size=4, seed=0, router="static", every=50):
+def tune(model, f, samples, held, schedule, steps, lr, batch_size=4, seed=0, router="static", every=50, better=lambda: None):
     """Train a Forecaster's tensors by distillation, KL(dense || routed) on the response tokens, on the path that inference runs. What comes
     before the first skip is the same at every step, and run once: a step costs the blocks behind it, on the tokens that compute them.
-    Leaves the values of lowest KL on the samples `held`; returns [(step, that KL)]."""
+    Leaves the values of lowest KL on the samples `held`, calling better() whenever they are new; returns [(step, that KL)]."""
     L = model.config.n_layer
     first = next(l for l, s in enumerate(schedule.sparsity) if s > 0)
 
@@ -153,13 +158,14 @@ def tune(model, f, samples, held, schedule, steps, lr, batch_size=4, seed=0, rou
 
     def watch():
         with torch.no_grad():
-            return float(torch.cat([student_kl([s]) for s in kept]).mean())
+            return float(torch.cat([student_kl([s]) for s in watched]).mean())
 
-    data, kept, rng = before(samples), before(held), random.Random(seed)
+    data, watched, rng = before(samples), before(held), random.Random(seed)
     tensors = {k: t.requires_grad_() for k, t in f.tensors.items()}
     optimizer = torch.optim.Adam(tensors.values(), lr)
     history, t = [(0, watch())], time.time()
     best = {k: v.detach().clone() for k, v in tensors.items()}
+    f.meta["tuning"] = history
     for step in bar(range(1, steps + 1), desc="tune", unit="step"):
         for g in optimizer.param_groups:
             g["lr"] = lr * min(1, step / 20) * (0.51 + 0.49 * math.cos(math.pi * step / steps))
@@ -173,6 +179,7 @@ def tune(model, f, samples, held, schedule, steps, lr, batch_size=4, seed=0, rou
             history.append((step, watch()))
             if history[-1][1] == min(k for _, k in history):
                 best = {k: v.detach().clone() for k, v in tensors.items()}
+                better()
             print(f"step {step:4d}  KL {loss.item():.4f}  watched {history[-1][1]:.4f} (before tuning {history[0][1]:.4f})  "
                   f"{step / (time.time() - t) * 60:.0f} steps/min", flush=True)
     for k, v in tensors.items():
@@ -199,11 +206,11 @@ def main():
     p.add_argument("--max_response", type=int, default=64, help="their response tokens")
     args = p.parse_args()
     model, config = start(args)
-    check(0 <= args.rank <= model.config.hidden_size, f"--rank {args.rank}: must lie between 0 and {model.config.hidden_size}")
+    check(args.only_kv or 0 <= args.rank <= model.config.hidden_size, f"--rank {args.rank}: must lie between 0 and {model.config.hidden_size}")
     for flag in ("only_kv", "tune"):
         check(args.schedule or not getattr(args, flag), f"--{flag}: needs the blocks that skip; give --schedule")
     tokenizer, t = load_tokenizer(args.model), time.time()
-    schedule = Schedule.load(args.schedule) if args.schedule else None
+    schedule, out = Schedule.load(args.schedule) if args.schedule else None, f"{args.out_dir}/forecaster.safetensors"
     load = lambda part, n, length: load_samples(args.data, model, tokenizer, part, n, args.max_prompt, max_response=length, seed=args.seed)
     if args.forecaster:
         f = Forecaster.load(args.forecaster)
@@ -212,13 +219,18 @@ def main():
                 None if args.only_kv else args.rank, schedule, args.router, args.seed, args.keys)
         f.meta |= config
         print("unexplained share of what it forecasts, held out: " + "  ".join(f"{l}:{e:.2f}" for l, e in enumerate(f.meta["held_out_error"], f.first)))
-        print(f"{f.meta['tokens']} tokens, rank {f.rank}, {time.time() - t:.0f} s -> {args.out_dir}/forecaster.safetensors", flush=True)
-        f.save(f"{args.out_dir}/forecaster.safetensors")
+        print(f"{f.meta['tokens']} tokens, rank {f.rank}, {time.time() - t:.0f} s -> {out}", flush=True)
+        f.save(out)
+        kept[out] = "as fitted"
     if args.tune:
-        f.meta["tuning"] = tune(model, f, load("train", args.tune_samples, args.max_response), load("watch", args.nwatch, args.max_response), schedule,
-                                args.tune, args.tune_lr, args.batch_size, args.seed, args.router)
-        f.save(f"{args.out_dir}/forecaster.safetensors")
-        print(f"tuned, watched KL {min(f.meta['tuning'], key=lambda e: e[1])[1]:.4f} -> {args.out_dir}/forecaster.safetensors")
+        def better():
+            f.save(out)
+            kept[out] = f"tuned for {f.meta['tuning'][-1][0]} steps, --forecaster {out} goes on from it"
+        history = tune(model, f, load("train", args.tune_samples, args.max_response), load("watch", args.nwatch, args.max_response), schedule,
+                       args.tune, args.tune_lr, args.batch_size, args.seed, args.router, better=better)
+        f.save(out)
+        step, kl = min(history, key=lambda e: e[1])
+        print(f"watched KL {history[0][1]:.4f} before tuning, {kl:.4f} after {step} steps -> {out}")
 
 
 if __name__ == "__main__":

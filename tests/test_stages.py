@@ -251,7 +251,7 @@ def test_forecast_pipeline(workshop, tmp_path):
     got = call("fit_forecaster.py", *a, *b, "--only_kv", "--keys", 0.5, "--schedule", kv / "schedule.json", "--tune", 6, "--tune_lr", 1e-3, "--nwatch", 4,
                "--out_dir", kv)
     narrow = Forecaster.load(kv / "forecaster.safetensors")
-    assert narrow.b is None and narrow.first == sum(v == 0 for v in late.sparsity) and "tuned" in got.stdout
+    assert narrow.b is None and narrow.first == sum(v == 0 for v in late.sparsity) and "before tuning" in got.stdout
     assert min(k for _, k in narrow.meta["tuning"]) <= narrow.meta["tuning"][0][1]
     assert call("fit_forecaster.py", *a, *b, "--only_kv", ok=False).returncode == 2
     call("evaluate.py", *a, *b, "--schedule", kv / "schedule.json", "--rows", "static", "--text", texts, "--context", 100, "--scored", 20, "--kv", "keep",
