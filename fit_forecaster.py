@@ -86,6 +86,12 @@ def solve(xx, xy, yy, held, rank, update=True):
     return best
 
 
+def own_map(block, kv):
+    """A block's key and value projections as a map of the state scaled to unit RMS: (d, kv) and (kv,) float64."""
+    a = (block.qkv.weight[-kv:] * block.norm1.weight).T.double().cpu()
+    return a, a.new_zeros(kv) if block.qkv.bias is None else block.qkv.bias[-kv:].double().cpu()
+
+
 @torch.no_grad()
 def fit(model, samples, held, rank, schedule=None, router="static", seed=0, keys=1.0):
     """Forecaster of `rank` from samples [(prompt ids, response ids)], the ridge from `held`; prompts are routed by `schedule`, else by
@@ -113,9 +119,7 @@ def fit(model, samples, held, rank, schedule=None, router="static", seed=0, keys
             if update:
                 f.b[l - first] = b_l.float()
             else:  # the block's own projections of the same state, and what they miss
-                block = model.blocks[l]
-                a_l = a_l @ b_l + (block.qkv.weight[-kv:] * block.norm1.weight).T.double().cpu()
-                c_l = c_l if block.qkv.bias is None else c_l + block.qkv.bias[-kv:].double().cpu()
+                a_l, c_l = (mine + missing for mine, missing in zip(own_map(model.blocks[l], kv), (a_l @ b_l, c_l)))
             f.a[l - first], f.c[l - first] = a_l.float(), c_l.float()
             ridges.append(ridge)
             errors.append(wrong)

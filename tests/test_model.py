@@ -304,6 +304,19 @@ def test_fitted_forecaster_comes_closer_to_dense(tiny, schedule, tmp_path):
     tiny.use()
 
 
+@pytest.mark.parametrize("shape", ["gqa", "qwen2"])
+def test_map_of_own_projections_changes_nothing(folder, shape):
+    """Keys and values by the maps that equal the blocks' projections, biases and all, are those that K/V kept without a forecaster are."""
+    from fit_forecaster import own_map
+    model = FTPModel.from_pretrained(folder(shape)[0])
+    with torch.no_grad():
+        a, c = (torch.stack(t).float() for t in zip(*(own_map(b, model.config.kv_bytes(1, 1)) for b in model.blocks[2:])))
+    f, s = Forecaster(a, None, c, 6, model.fingerprint), Schedule([0.0, 0.0, 0.3, 0.5, 0.9, 0.9], model.fingerprint)
+    seqs = [tokens(40, 1), tokens(23, 2)]
+    want, got = (model.use(s, kv="keep", forecaster=h).score_rows(seqs, [30, 20]) for h in (None, f))
+    assert torch.allclose(want, got, atol=1e-3) and not torch.allclose(want, model.use(s).score_rows(seqs, [30, 20]), atol=1e-2)
+
+
 def test_late_keys_and_values(tiny, tmp_path):
     """Where skips run to the last block: fitted keys and values are closer to dense than stale ones, tuned ones closer still on what they were
     tuned on; they cost what the block's own projections do; and they take nothing but the dense states before the first skip."""
