@@ -405,6 +405,13 @@ def test_readme_commands_parse(capsys):
     assert "make demo" in text and "make test" in text
 
 
+def test_one_process(workshop, tmp_path, capsys, monkeypatch):
+    """What can't be spread over ranks says so under torchrun, before any rank writes over another's files."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    code, _, err = inside("fit_forecaster.py", *common(workshop, tmp_path)[0], capsys=capsys)
+    assert code == 2 and "fit_forecaster.py runs in one process" in err and not list(tmp_path.iterdir())
+
+
 @pytest.mark.embedded
 def test_embedded_model(tmp_path):
     """On the real model: parity with transformers, and a trained router beats a random one at equal sparsity."""
