@@ -123,7 +123,7 @@ def peer_id(folder, schedule, router, routing):
 # several processes (torchrun): every rank runs the whole script on its share of the work and learns the results of the others, so
 # that all of them decide alike; rank 0 alone prints and writes
 
-SPREAD = ("prepare.py", "search_scheduler.py", "train_router.py", "finetune_static.py", "evaluate.py")  # scripts that know how
+ALONE = ("fit_forecaster.py", "benchmark.py", "convert.py", "export.py")  # these, and analysis/, know no ranks
 
 
 def rank():
@@ -206,8 +206,8 @@ def run(main):
     old, code = [(n, signal.signal(n, stop)) for n in (signal.SIGINT, signal.SIGTERM)], 0
     try:
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-            name = Path(sys.argv[0]).name
-            check(name in SPREAD, f"torchrun: {name} runs in one process; start it with python")
+            script = Path(sys.argv[0])
+            check(script.name not in ALONE and script.parent.name != "analysis", f"torchrun: {script.name} runs in one process; start it with python")
             # objects travel by gloo, gradients on GPUs by nccl; rank 0 may be long at work before the others meet it
             dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=datetime.timedelta(hours=12))
             if rank():
