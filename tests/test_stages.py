@@ -414,7 +414,7 @@ def test_one_process(workshop, tmp_path, capsys, monkeypatch):
 
 @pytest.mark.embedded
 def test_embedded_model(tmp_path):
-    """On the real model: parity with transformers, and a trained router beats a random one at equal sparsity."""
+    """On the real model: parity with transformers, a trained router beats a random one at equal sparsity, and late keys and values beat both."""
     try:
         call("prepare.py", "--fetch_only")
     except AssertionError as e:
@@ -447,3 +447,10 @@ def test_embedded_model(tmp_path):
     assert rows["ftp"]["sparsity_prefill"] == pytest.approx(rows["random"]["sparsity_prefill"], abs=1e-6)
     assert abs(rows["ftp"]["sparsity_prefill"] - 0.30) < 0.01
     assert rows["ftp"]["kl"] < rows["random"]["kl"]
+    kv = tmp_path / "kv"
+    call("search_scheduler.py", "--method", "late", "--flops_saved", 0.3, "--kv", "keep", *few, "--out_dir", kv)
+    call("fit_forecaster.py", "--only_kv", "--keys", 0.5, "--schedule", kv / "schedule.json", *few, "--tune", 20, "--out_dir", kv)
+    call("evaluate.py", "--schedule", kv / "schedule.json", "--kv", "keep", "--forecaster", kv / "forecaster.safetensors", "--rows", "static", "--text", "",
+         "--data", tmp_path / "few.json", "--out_dir", kv, "--dtype", "auto")
+    late = json.loads((kv / "eval.json").read_text())["rows"][-1]
+    assert late["flops_saved_prefill"] == pytest.approx(0.3, abs=0.015) and late["kl"] < rows["ftp"]["kl"]
