@@ -20,6 +20,10 @@ TORTURE = bool(os.environ.get("FTP_TORTURE"))  # make torture: the long forms
 TALLY: Counter = Counter()                     # what the bounded tests went through, told at the end
 
 
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: "embedded" not in item.keywords)  # the longest one first, so that the other process has work until it ends
+
+
 def pytest_sessionfinish(session):
     if hasattr(session.config, "workeroutput"):  # one of pytest -n: hand it to the process that prints
         session.config.workeroutput["tally"] = dict(TALLY)

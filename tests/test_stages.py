@@ -281,7 +281,7 @@ def test_sweep(workshop, tmp_path):
     assert [(q["method"], q["level"]) for q in points] == [("skip", 0.2), ("forecast", 0.2), ("late", 0.2), ("skip", 0.4),
                                                            ("forecast", 0.4), ("late", 0.4)]
     assert all(q["flops_saved"] == pytest.approx(q["level"], abs=0.05) for q in points)
-    assert got.stdout.count("FLOPs saved") == 2 and (tmp_path / "sweep.png").stat().st_size > 1000
+    assert got.stdout.count("FLOPs saved") == 3 and (tmp_path / "sweep.png").stat().st_size > 1000
     assert call(*words, "--levels", "some", ok=False).returncode == 2
 
 
