@@ -13,7 +13,7 @@ import re
 import statistics
 from pathlib import Path
 
-from common import bar, check, gather, kept, rank
+from common import bar, check, digest, gather, kept, rank
 from files import HOME, FTPError, find_model, misfit, save_files
 
 PROMPTS = Path(__file__).parent / "prompts.jsonl"
@@ -91,9 +91,10 @@ def render(tokenizer, instruction, context=""):
 
 
 def written(model, name, prompts, row, max_new_tokens, temperature, seed=0, batch_size=32):
-    """What `model` writes after each prompt (token ids), as the rows that row(i, new token ids) makes: cached by model, name and seed,
-    made in resumable batches."""
-    path = HOME / "self" / f"{Path(model.name).resolve().name}-{model.fingerprint['config']}-{name}seed{seed}-{max_new_tokens}.jsonl"
+    """What `model` writes after each prompt (token ids), as the rows that row(i, new token ids) makes: cached by model, weights, name and
+    seed, made in resumable batches."""
+    some = [p.flatten()[:8].bfloat16().tolist() for p in model.parameters()]  # of each tensor: a tuned model writes anew
+    path = HOME / "self" / f"{Path(model.name).resolve().name}-{digest([model.fingerprint['config'], some])}-{name}seed{seed}-{max_new_tokens}.jsonl"
     if rank() == 0 and not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(".part")

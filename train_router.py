@@ -366,6 +366,8 @@ def main():
         router.save(out / "router.safetensors")
     print(f"watched KL: static {static.mean():.4f}, router {kl.mean():.4f} (step {best['step']}), difference {diff.mean():.4f} +- "
           f"{diff.std() / len(diff) ** 0.5:.4f} (standard error over {len(diff)} samples); {rate:.0f} steps/min")
+    if diff.mean() <= 0:
+        print("on these samples the static router (--router static) is no worse, and it costs less")
     print(f"realised prefill sparsity {realised:.4f} (target {schedule.mean:.4f}); {sum(q.numel() for q in router.parameters())} parameters "
           f"-> {out}/router.safetensors")
 

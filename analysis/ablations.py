@@ -42,6 +42,7 @@ def cells(sizes, steps):
         ("decay", "by the last step", {"train": "--guide_until 1"}), ("decay", "never", {"train": "--guide_until 1e9"}),
         ("guide", "static", {"train": "--guide static"}), ("guide", "none", {"train": "--guide static --warmup 0 --lambda_g 0"}),
         ("score", "mean", {"train": "--score mean"}),
+        ("passes", "one", {"train": "--one_pass", "evaluate": "--one_pass"}),
         ("decision", "argmax", {"train": "--prefill argmax", "evaluate": "--prefill argmax"}),
         ("protocol", "joint", {"evaluate": "--protocol joint"}),
         *(("samples", str(n), {"train": f"--nsamples {n}"}) for n in sizes), *(("steps", str(n), {"train": f"--steps {n}"}) for n in steps),
@@ -106,8 +107,8 @@ def figures(folder):
     rows, router = {r["name"]: r for r in o["rows"]}, o["config"]["settings"].get("router")
     row = rows.get("ftp") or list(rows.values())[-1]
     got = {"skipped": row["sparsity_prefill"], "FLOPs saved": row["flops_saved_prefill"], "KL": row["kl"], "KL static": rows.get("static", {}).get("kl")}
-    got |= {f"ppl {t}": v for t, v in row["ppl"].items()} | {"retention, corrected": row["retention_chance_corrected"],
-                                                             "with context, corrected": row["retention_context_chance_corrected"]}
+    got |= {f"ppl {t}": v for t, v in row["ppl"].items()} | {"retention, pooled": row["retention_pooled"],
+                                                             "with context, pooled": row["retention_context_pooled"]}
     work = load_json(Path(router).with_suffix(".json"), "ftp-router-1", "--out_dir")["meta"]["work"] if router else {}
     return got | {"training tokens": work.get("tokens")}
 

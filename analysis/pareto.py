@@ -17,8 +17,8 @@ from common import Parser, check, run
 from data import shown, spread
 from files import load_json, save_json
 
-QUALITY = {"ppl": "perplexity, times dense", "kl": "KL to the dense model, nats per token", "retention_chance_corrected": "retention above chance",
-           "retention_context_chance_corrected": "the same, tasks that need their context"}
+QUALITY = {"ppl": "perplexity, times dense", "kl": "KL to the dense model, nats per token", "retention_pooled": "retention of what is above chance, pooled",
+           "retention_context_pooled": "the same, tasks that need their context"}
 SAME = ("protocol", "text", "context", "scored", "nwindows", "tasks", "limit", "data", "nsamples", "max_response", "dtype")
 
 

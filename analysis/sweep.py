@@ -58,11 +58,12 @@ def main():
     calibration, test = cut(args.text, args.nfit), cut(args.test_text, args.nwindows)
     parts = [w for i, w in enumerate(calibration) if i % 5], calibration[::5]
     settings = {k: v for k, v in vars(args).items() if k not in ("resume", "levels", "methods", "threads")}
-    points = []
+    points, same = [], False
     if args.resume and Path(path).exists():
         old = load_json(path, "ftp-sweep-1", "--resume", {"settings": dict, "points": [
             {"method": str, "level": float, "flops_saved": float, "kl": float, "ppl": float}]})
-        points = old["points"] if old["settings"] == settings else []
+        same = old["settings"] == settings
+        points = old["points"] if same else []
     teacher = model.use().response_states(test)[0]
     dense = math.exp(nll(model, teacher, test))
     print(f"dense perplexity {dense:.3f} over {len(test)} windows", flush=True)
@@ -73,7 +74,7 @@ def main():
                 continue
             if method == "forecast" and first is None:
                 kept = Path(args.out_dir) / "sweep_forecaster.safetensors"
-                if not (args.resume and kept.exists()):
+                if not (same and kept.exists()):
                     fit(model, *parts, args.rank, seed=args.seed, keys=args.keys).save(kept)
                 first = Forecaster.load(kept)
             t, routing = time.time(), {"kv": "drop" if method == "skip" else "keep", "forecaster": first if method == "forecast" else None}

@@ -222,7 +222,7 @@ def eval_file(path, rows, **settings):
     """An eval.json with rows {name: (FLOPs saved, perplexity, KL, retention)}, as evaluate.py writes it."""
     make = lambda name, saved, ppl, kl, kept: {
         "name": name, "sparsity_prefill": saved, "sparsity_decode": 0.0, "flops_saved_prefill": saved, "flops_saved_total": saved / 2, "kl": kl,
-        "ppl": {"responses": 3.0, "wiki": ppl}, "retention_chance_corrected": kept, "retention_context_chance_corrected": None}
+        "ppl": {"responses": 3.0, "wiki": ppl}, "retention_pooled": kept, "retention_context_pooled": None}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"format": "ftp-eval-1", "config": {"settings": {"protocol": "causal", **settings}, "fingerprint": {"config": "x"}},
                                 "rows": [make("dense", 0.0, 20.0, 0.0, 1.0), *(make(k, *v) for k, v in rows.items())]}))
@@ -249,7 +249,7 @@ def test_pareto(tmp_path, capsys):
     assert a["saved"]["mean"] == pytest.approx(0.301) and a["ppl"] == {"mean": pytest.approx(1.15), "std": pytest.approx(0.05), "n": 3}
     assert a["kl"]["mean"] == pytest.approx(0.2) and a["kl"]["std"] == pytest.approx(0.1) and hard["kl"] == {"mean": 0.9, "std": None, "n": 1}
     assert [q["speed"]["mean"] for q in (a, hard, static, points[2])] == [1.3, 1.6, 1.2, None]
-    assert static["retention_chance_corrected"]["mean"] is None and (tmp_path / "pareto.png").stat().st_size > 10000
+    assert static["retention_pooled"]["mean"] is None and (tmp_path / "pareto.png").stat().st_size > 10000
     assert inside("analysis/pareto.py", *files, "--cost", "total", "--out_dir", tmp_path, capsys=capsys)[0] == 0
     assert json.loads((tmp_path / "pareto.json").read_text())["points"][0]["saved"]["mean"] == pytest.approx(0.1505)
     other = eval_file(tmp_path / "joint.json", {"ftp": (0.3, 22.0, 0.1, 0.9)}, protocol="joint")
