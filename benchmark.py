@@ -131,7 +131,7 @@ class Ours:
     def bounds(self, T, decoded):
         """FLOPs of dense over FLOPs of this setting, for prefill and for one decoded token at its realised sparsity."""
         c, n, base = self.model.config, self.model.config.n_layer, self.model.base
-        s = self.schedule.sparsity if self.schedule else [0.0] * n
+        s = self.model.schedule.sparsity if self.schedule else [0.0] * n
         prefill = base.prefill_flops(T, [0.0] * base.n_layer) / c.prefill_flops(T, s, self.routing.get("kv", "drop"), self.router, self.model.score_window,
                                                                   forecaster=self.routing.get("forecaster"),
                                                                   parts=self.schedule and self.schedule.parts)

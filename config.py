@@ -152,7 +152,7 @@ class Config:
         `router` adds its MLP and the scores (`window` queries a block); `head` counts the positions that get logits.
         forecaster: the Forecaster in use. parts: as in Schedule.
         """
-        total = self.head_flops(head)
+        total, lead = self.head_flops(head), leaders(sparsity, router.group if router is not None else 1)
         for l, s in enumerate(sparsity):
             k, c = quota(T, s), self.block(l)
             if parts and parts[l] != "both":
@@ -163,11 +163,11 @@ class Config:
                 total += c.block_flops(k, pairs, T - k)
             else:
                 total += c.block_flops(k, k * (k + 1) / 2)
-            if router is not None and 0 < s < 1:
+            if router is not None and 0 < s < 1 and lead[l] == l:
                 total += router.flops(T)
             if forecaster is not None and 0 < s < 1:
                 total += forecaster.flops(T, k)
-            if router is not None and {"score", "rank"} & set(router.inputs) and any(0 < v < 1 for v in sparsity[l + 1:]):
+            if router is not None and {"score", "rank"} & set(router.inputs) and any(0 < v < 1 for v in sparsity[l + 1:]) and lead[l + 1] > l:
                 total += c.score_flops(min(window, k), k)
         return total
 
@@ -175,6 +175,15 @@ class Config:
 def quota(T, s):
     """Tokens of a prompt of T that a block of sparsity s keeps: ceil((1-s)T), never without first and last."""
     return 0 if s >= 1 else T if s <= 0 else min(T, max(2, math.ceil((1 - s) * T - 1e-9)))
+
+
+def leaders(sparsity, group):
+    """The block whose decision each block takes, a list: of up to `group` neighbouring blocks that skip, the first decides for all."""
+    lead = []
+    for l, s in enumerate(sparsity):
+        follows = l > 0 and 0 < s < 1 and 0 < sparsity[l - 1] < 1 and l - lead[-1] < group
+        lead.append(lead[-1] if follows else l)
+    return lead
 
 
 def rope_frequencies(c):

@@ -26,7 +26,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 
-from config import Config, hf_parts, place_blocks, quota, rope_frequencies
+from config import Config, hf_parts, leaders, place_blocks, quota, rope_frequencies
 from files import FTPError, check_fingerprint, find_model, load_json, weight_files
 from router import SELECTIONS, Forecaster, Router, Schedule
 
@@ -123,8 +123,9 @@ class Pass:
         self.every = torch.arange(len(seq), device=dev)
         self.ends = self.in_set & ((self.local == 0) | (self.local == self.size - 1))   # always kept
         self.score, self.rank = torch.zeros_like(self.place), torch.zeros_like(self.place)
-        self.known = {}                               # what the blocks have in common: position factors, static keep sets
+        self.known = {}                               # what the blocks have in common: position factors, ramps of ranks
         self.memory = None                            # hidden layer of a recurrent router
+        self.kept = None, None                        # the last decision: of which block or static sparsity, and its Keep
         self.forecast = None                          # what Forecaster gives for the block to come
         self.alive = torch.ones_like(self.in_set)         # tokens that progressive selection has not dropped yet
         self.trace = []                               # in training: (sparsity, router logits, Pass) a decision
@@ -150,7 +151,7 @@ class Pass:
         if self.place.device == device:
             return self
         tensors = {k: v.to(device) for k, v in vars(self.next(x=self.x)).items() if torch.is_tensor(v)}
-        return self.next(**tensors, held=None, known={})
+        return self.next(**tensors, held=None, known={}, kept=(None, None))
 
     def with_own(self, rows, score, rank):
         """This Pass with the scores and ranks of decoded tokens set."""
@@ -631,7 +632,7 @@ class FTPModel(nn.Module):
     # -- routing
 
     def use(self, schedule=None, router="static", *, prefill="topk", decode="dense", kv="drop", one_pass=False, score=None,
-            forecaster=None, seed=0, removal="whole", mismatch=False):
+            group=None, forecaster=None, seed=0, removal="whole", mismatch=False):
         """Set how tokens are routed from now on; use() alone goes back to dense. Returns self.
 
         schedule: Schedule or path. router: Router or path, "static" (position only), "random", "attention" (by score), "progressive" (by the
@@ -639,6 +640,7 @@ class FTPModel(nn.Module):
         prefill: "topk" (each block keeps its quota) or "argmax" (the router's own decision, as in the paper).
         decode: "dense", "threshold" (calibrated), or "rule" (the paper's: skip blocks with s > 0.5). kv: "drop" or "keep" the K/V of skipped
         tokens. one_pass: decide all blocks from the scores of block 0. score: window W or "mean" (default: the router's).
+        group: so many neighbouring blocks share the decision of the first, with the mean of their sparsities (default: the router's, or 1).
         forecaster: Forecaster or path; skipped tokens then take its forecast instead of staying as they are.
         removal: whether the blocks and sub-blocks that a schedule removes are absent for every token ("whole") or for prompts alone
         ("prompt"): then decoded tokens run them, over the keys of decoded tokens (under kv "keep" over all).
@@ -698,7 +700,9 @@ class FTPModel(nn.Module):
             raise FTPError("--decode threshold: no thresholds are stored for this schedule and router; calibrate_decode() "
                            "or --decode dense")
         self.__dict__["router"] = router  # past nn.Module: the router is no part of the frozen model's parameters
-        self.schedule, self.prefill, self.kv, self.one_pass = schedule, prefill, kv, one_pass
+        group = group or (router.group if learned else 1)
+        self.schedule, self.prefill, self.kv, self.one_pass = schedule and schedule.grouped(group), prefill, kv, one_pass
+        self.lead = leaders(self.schedule.sparsity if schedule else [0.0] * self.config.n_layer, group)
         self.decode, self.thresholds, self.score_window = decode, thresholds, score or (router.score if learned else 1 if router == "progressive" else 16)
         self.removal = removal
         self.aim = None          # while calibrating or training: the share of decoded tokens that skips each block
@@ -711,7 +715,7 @@ class FTPModel(nn.Module):
         if self.schedule is None or self.router in ("static", "random") or (self.one_pass and l > 0):
             return False
         uses = {"score", "rank"} & set(self.router.inputs) if isinstance(self.router, Router) else True
-        return bool(uses) and any(0 < s < 1 for s in self.schedule.sparsity[l + 1:])
+        return bool(uses) and any(0 < s < 1 for s in self.schedule.sparsity[l + 1:]) and self.lead[l + 1] > l
 
     def margins(self, l, p, s):
         """The router's preference for computing block l, (N,) float32, its logits (N, 2) if it is learned, and the Pass."""
@@ -741,9 +745,9 @@ class FTPModel(nn.Module):
             return Keep(p, None, p.counts, p.set_counts), p
         if self.forecaster is not None:
             p = p.next(forecast=self.forecaster(l, p.x))
-        same = (s, self.decode) if self.router == "static" and not by_threshold else None
-        if same and p.known.get("of") == same:
-            return p.known["keep"], p
+        same = ("static", s, self.decode) if self.router == "static" else self.lead[l]
+        if p.kept[0] == same:
+            return p.kept[1], p
         margin = logits = None
         if self.router != "static" and (p.any_set or by_threshold):
             margin, logits, p = self.margins(l, p, s)
@@ -781,9 +785,7 @@ class FTPModel(nn.Module):
             gate = mask + torch.where(free, soft - soft.detach(), 0.0)
             p.trace.append((s, logits, p))
         keep = Keep(p, torch.nonzero_static(mask, size=int(counts.sum()))[:, 0], counts, set_counts, mask, gate)
-        if same:  # the next block may ask for the same
-            p.known["of"], p.known["keep"] = same, keep
-        return keep, p.next(alive=p.alive & mask) if self.router == "progressive" else p
+        return keep, p.next(kept=(same, keep), **{"alive": p.alive & mask} if self.router == "progressive" else {})
 
     def calibrate_decode(self, samples, sparsity=None):
         """Set the thresholds with which decoded tokens skip block l at the rate s_l; returns them.
@@ -875,7 +877,7 @@ class FTPModel(nn.Module):
             st.late[ph] = st.late[ph] + (c.block_flops(0, pairs[i]) if kv_only else 0)
             if routed and self.forecaster is not None:
                 st.flops[ph] += self.forecaster.flops(total[i], kept[i])
-            if routed and isinstance(self.router, Router) and (i == 0 or self.decode == "threshold"):
+            if routed and self.lead[l] == l and isinstance(self.router, Router) and (i == 0 or self.decode == "threshold"):
                 st.flops[ph] += self.router.flops(total[i])
         if self.reads_scores(l) and keep is not None:
             width = math.inf if self.score_window == "mean" else self.score_window

@@ -2,12 +2,14 @@
 import hashlib
 import json
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from statistics import fmean
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from config import leaders
 from files import FINGERPRINT, FTPError, check_tensors, load_json, load_tensors, misfit, save_json, save_tensors, tensors_id
 
 FACTORS = ("position", "score", "rank", "sparsity")  # the paper's four inputs of the router
@@ -42,6 +44,11 @@ class Schedule:
         t = self.parts
         if t is not None and not (isinstance(t, list) and len(t) == len(s) and all(v in ("both", "attention", "mlp") for v in t)):
             raise FTPError('--schedule: parts must hold "both", "attention" or "mlp" for each block; make the schedule again')
+
+    def grouped(self, group):
+        """This schedule with the sparsity averaged over blocks that share a decision, see leaders()."""
+        s, lead = self.sparsity, leaders(self.sparsity, group)
+        return self if group == 1 else replace(self, sparsity=[fmean(v for v, b in zip(s, lead) if b == a) for a in lead])
 
     @property
     def mean(self):
@@ -79,17 +86,18 @@ class Router(nn.Module):
     """2-layer MLP, inputs -> hidden -> 2 logits (compute, skip), shared by all blocks (method section 4).
 
     kind: "global" one MLP for all blocks, "local" one each, "recurrent" a global one whose hidden layer also
-    sees its value at the previous block. inputs: any of FACTORS, "place" (position as one number), "hidden" (normalised state).
+    sees its value at the previous decision. inputs: any of FACTORS, "place" (position as one number), "hidden" (normalised state).
+    score: attention from the last so many prompt queries, or "mean". group: so many neighbouring blocks share a decision.
     meta["decode_threshold"] and meta["schedule_id"] belong together, as in Schedule.
     """
     KINDS = ("global", "local", "recurrent")
 
-    def __init__(self, config, fingerprint, kind="global", inputs=FACTORS, width=64, score=16, meta=None):
+    def __init__(self, config, fingerprint, kind="global", inputs=FACTORS, width=64, score=16, group=1, meta=None):
         super().__init__()
         if kind not in self.KINDS or not inputs or any(i not in (*INPUTS, "hidden") for i in inputs):
             raise FTPError(f"--router_kind {kind} --inputs {','.join(inputs)}: kinds are {', '.join(self.KINDS)}; "
                            f"inputs {', '.join(INPUTS)}, hidden")
-        self.kind, self.inputs, self.width, self.score, self.meta = kind, tuple(inputs), width, score, meta or {}
+        self.kind, self.inputs, self.width, self.score, self.group, self.meta = kind, tuple(inputs), width, score, group, meta or {}
         self.fingerprint, self.n_layer, self.hidden_size = fingerprint, config.n_layer, config.hidden_size
         n, g = self.n_inputs, config.n_layer if kind == "local" else 1
         self.w1 = nn.Parameter(4 * torch.randn(g, n, width))
@@ -141,19 +149,20 @@ class Router(nn.Module):
         """router.safetensors, and a readable twin router.json."""
         save_tensors(path, self.state_dict(), {
             "format": "ftp-router-1", "fingerprint": self.fingerprint, "kind": self.kind, "inputs": list(self.inputs),
-            "width": self.width, "score": self.score, "n_layer": self.n_layer, "hidden_size": self.hidden_size,
+            "width": self.width, "score": self.score, "group": self.group, "n_layer": self.n_layer, "hidden_size": self.hidden_size,
             "parameters": sum(p.numel() for p in self.parameters()), "meta": self.meta})
 
     @classmethod
     def load(cls, path):
         tensors, o = load_tensors(path, "ftp-router-1", "--router", {
-            "kind": str, "inputs": [str], "width": int, "score": (int, str), "n_layer": int, "hidden_size": int, "fingerprint": FINGERPRINT,
-            "meta": ({"decode_threshold": ([float], None), "schedule_id": (str, None), "settings": (dict, None)}, None)})
+            "kind": str, "inputs": [str], "width": int, "score": (int, str), "group": (int, None), "n_layer": int, "hidden_size": int,
+            "fingerprint": FINGERPRINT, "meta": ({"decode_threshold": ([float], None), "schedule_id": (str, None), "settings": (dict, None)}, None)})
         meta = o.get("meta") or {}
         unknown = [i for i in o["inputs"] if i not in (*INPUTS, "hidden")]
         for bad, why in ((unknown, f"it reads unknown inputs {', '.join(unknown)[:80]}"), (not o["inputs"], "it has no inputs"),
                          (o["kind"] not in cls.KINDS, f"it is of an unknown kind {o['kind'][:40]!r}"),
                          (not 0 < o["n_layer"] < 10_000, "n_layer is out of range"),
+                         (o.get("group") is not None and o["group"] < 1, "group is out of range"),
                          (o["score"] != "mean" and not (isinstance(o["score"], int) and o["score"] > 0), "score is neither a window nor mean"),
                          (len(meta.get("decode_threshold") or range(o["n_layer"])) != o["n_layer"], "decode_threshold has another number of blocks")):
             if bad:
@@ -161,7 +170,7 @@ class Router(nn.Module):
         try:
             with torch.device("meta"):  # no storage before the shapes are known to be those of the file
                 r = cls(type("shape", (), {"n_layer": o["n_layer"], "hidden_size": o["hidden_size"]}), o["fingerprint"], o["kind"], o["inputs"],
-                        o["width"], o["score"], meta)
+                        o["width"], o["score"], o.get("group") or 1, meta)
         except (RuntimeError, ZeroDivisionError, TypeError) as e:
             raise FTPError(f"--router: {path} is damaged ({str(e).splitlines()[0]}); train it again") from None
         check_tensors(tensors, {k: v.shape for k, v in r.state_dict().items()}, f"--router: {path}")

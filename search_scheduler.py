@@ -47,17 +47,21 @@ class Fitness:
     def schedule(self, units):
         return Schedule([self.convert(u) for u in units], self.model.fingerprint)
 
+    def run_as(self, units):
+        """The sparsities that the model runs for it, (n_layer,): those of blocks that share a decision are averaged."""
+        return tuple(self.schedule(units).grouped(getattr(self.router, "group", 1)).sparsity)
+
     @torch.inference_mode()
     def items(self, units):
         """KL of each sample, (nsamples,) in nats per response token."""
         units, m, L = tuple(units), self.model, self.model.config.n_layer
         if units not in self.known:
             m.use(self.schedule(units), self.router, **self.routing)
-            first = self.blocks_known(units)
-            passes = self.states[units[:first]] if first else [m.begin_samples(g) for g in self.groups]
+            s, first = self.run_as(units), self.blocks_known(units)
+            passes = self.states[s[:first]] if first else [m.begin_samples(g) for g in self.groups]
             for l in range(first, L):
                 passes = [m.step(l, p) for p in passes]
-                self.states[units[:l + 1]] = passes
+                self.states[s[:l + 1]] = passes
                 if len(self.states) > self.max_entries:
                     self.states.popitem(last=False)  # the oldest
             self.blocks_run += L - first
@@ -72,7 +76,8 @@ class Fitness:
 
     def blocks_known(self, units):
         """How many first blocks of a schedule have run before."""
-        return max((l for l in range(1, len(units) + 1) if units[:l] in self.states), default=0)
+        s = self.run_as(units)
+        return max((l for l in range(1, len(s) + 1) if s[:l] in self.states), default=0)
 
     def candidates(self, some, tick):
         """Run schedules, spread over the ranks: each goes where, with the blocks known there, it will be done first."""

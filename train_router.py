@@ -2,6 +2,7 @@
 
     python train_router.py --schedule out/schedule.json                          # -> out/router.safetensors, out/router.json
     python train_router.py --inputs hidden --router_kind local --hinge           # the ablations of the paper
+    python train_router.py --group 3                                             # every third block decides, for the two after it as well
     python train_router.py --model meta-llama/Llama-2-7b-hf --data tatsu-lab/alpaca --nsamples 2000 --steps 2000
     python train_router.py --schedule out/schedule.json --resume                 # go on after an interruption
     torchrun --nproc_per_node 8 train_router.py --batch_size 8                   # one sample of each step a GPU
@@ -99,7 +100,7 @@ def warm_up(router, model, guide, samples, steps, lr=0.02):
     with torch.no_grad():
         p = model.begin_samples(samples)
         for l, s in enumerate(model.schedule.sparsity):
-            if 0 < s < 1:
+            if 0 < s < 1 and model.lead[l] == l:
                 q = model.route(l, p)[1]  # the Pass that a decision sees
                 blocks.append((l, *(t.to(model.device) for t in (router.factors(q, s)[free(q)], guide.targets(q, s)))))
             p = model.step(l, p)
@@ -199,6 +200,7 @@ def main():
     p.add_argument("--router_kind", default="global", choices=Router.KINDS, help="one router for all blocks, one each, or recurrent over blocks")
     p.add_argument("--width", type=int, default=64, help="hidden width")
     p.add_argument("--score", default="16", help="attention score from the last W prompt queries, or mean over all (paper-like)")
+    p.add_argument("--group", type=int, default=1, help="neighbouring blocks that share a decision; 3 costs a third of the router and scores")
     p.add_argument("--steps", type=int, default=60, help="training steps")
     p.add_argument("--batch_size", type=int, default=1, help="samples a step, all ranks together")
     p.add_argument("--lr", type=float, default=2e-3, help="learning rate, falling to a tenth by a cosine")
@@ -218,7 +220,7 @@ def main():
     p.add_argument("--eval_every", type=int, default=20, help="steps between looks at the watched samples")
     p.add_argument("--resume", action="store_true", help="go on from the last saved step")
     args = p.parse_args()
-    for flag in ("steps", "batch_size", "nwatch", "width", "eval_every", "lr"):
+    for flag in ("steps", "batch_size", "nwatch", "group", "width", "eval_every", "lr"):
         check(getattr(args, flag) > 0, f"--{flag} {getattr(args, flag)}: must be positive")
     check(args.score == "mean" or args.score.isdigit() and int(args.score) > 0, f"--score {args.score}: give a number of queries, or mean")
     check(args.batch_size >= world(), f"--batch_size {args.batch_size}: fewer samples a step than ranks; give at least {world()}")
@@ -229,9 +231,9 @@ def main():
     kw = dict(max_prompt=args.max_prompt, max_response=args.max_response, seed=args.seed)
     samples = load_samples(args.data, model, tokenizer, "train", args.nsamples, **kw)
     held = load_samples(args.data, model, tokenizer, "watch", args.nwatch, **kw)
-    routing, fixed = routing_of(args), routing_of(args, learned=False)
+    routing, fixed = routing_of(args), routing_of(args, learned=False) | {"group": args.group}
     router = Router(model.config, model.fingerprint, args.router_kind, tuple(args.inputs.split(",")), args.width,
-                    args.score if args.score == "mean" else int(args.score)).to(model.device)
+                    args.score if args.score == "mean" else int(args.score), args.group).to(model.device)
     model.use(schedule, router, **routing)
 
     t = time.time()
@@ -307,7 +309,7 @@ def main():
         decode = "threshold" if rng.random() < args.decode_share else "dense"
         model.use(schedule, router, **routing, decode="dense")
         if decode == "threshold":
-            model.decode, model.aim, model.thresholds = decode, schedule.sparsity, [0.0] * len(schedule.sparsity)
+            model.decode, model.aim, model.thresholds = decode, model.schedule.sparsity, [0.0] * len(schedule.sparsity)
         group = [samples[i] for i, _ in mine]
         L, noise = model.config.n_layer, [0.0] * model.config.n_layer
         if args.gumbel:

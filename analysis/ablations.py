@@ -42,6 +42,7 @@ def cells(sizes, steps):
         ("decay", "by the last step", {"train": "--guide_until 1"}), ("decay", "never", {"train": "--guide_until 1e9"}),
         ("guide", "static", {"train": "--guide static"}), ("guide", "none", {"train": "--guide static --warmup 0 --lambda_g 0"}),
         ("score", "mean", {"train": "--score mean"}),
+        *(("group", str(n), {"train": f"--group {n}"}) for n in (3, 5)),
         ("passes", "one", {"train": "--one_pass", "evaluate": "--one_pass"}),
         ("decision", "argmax", {"train": "--prefill argmax", "evaluate": "--prefill argmax"}),
         ("protocol", "joint", {"evaluate": "--protocol joint"}),

@@ -15,7 +15,7 @@ MODES = [dict(router="static"), dict(router="static", decode="rule"), dict(route
          dict(router="learned", decode="threshold"), dict(router="learned"), dict(router="learned", prefill="argmax", decode="threshold"),
          dict(router="learned", one_pass=True, decode="threshold"), dict(router="learned", score="mean", decode="threshold"),
          dict(router="hidden", decode="threshold"), dict(router="local", decode="threshold"),
-         dict(router="recurrent", decode="threshold"), dict(router="static", forecaster=True),
+         dict(router="recurrent", decode="threshold"), dict(router="grouped", decode="threshold"), dict(router="static", forecaster=True),
          dict(router="learned", decode="threshold", forecaster=True), dict(router="foreseeing", decode="threshold", forecaster=True),
          dict(router="learned", decode="threshold", forecaster="kv")]
 
@@ -23,9 +23,9 @@ MODES = [dict(router="static"), dict(router="static", decode="rule"), dict(route
 def use(model, schedule, router, **kw):
     if kw.get("forecaster"):
         kw["forecaster"] = make_forecaster(model, None if kw["forecaster"] == "kv" and kw["kv"] == "keep" else 4)  # K/V alone need K/V that are kept
-    if router in ("learned", "foreseeing", "hidden", "local", "recurrent"):
+    if router in ("learned", "foreseeing", "hidden", "local", "recurrent", "grouped"):
         made = {"learned": {}, "foreseeing": dict(inputs=("position", "forecast")), "hidden": dict(inputs=("position", "score", "rank", "sparsity", "hidden")),
-                "local": dict(kind="local"), "recurrent": dict(kind="recurrent")}[router]
+                "local": dict(kind="local"), "recurrent": dict(kind="recurrent"), "grouped": dict(group=3)}[router]
         router = make_router(model, schedule, forecaster=kw.get("forecaster"), **made)
     return model.use(schedule, router, **kw)
 
@@ -142,6 +142,7 @@ def test_quota_is_met_and_counted(tiny, routed, schedule):
     if model.prefill == "argmax":
         pytest.skip("argmax decides its own number")
     model.score_rows([tokens(50, 1), tokens(33, 2)], [50, 33])
+    schedule = model.schedule
     want = [1 - (quota(50, s) + quota(33, s)) / 83 for s in schedule.sparsity]
     assert model.stats.sparsity("prefill") == pytest.approx(want)
     assert abs(model.stats.mean("prefill") - schedule.mean) < 0.02
@@ -162,6 +163,23 @@ def test_ends_are_always_kept(tiny, routed):
         keep, _ = model.route(l, p)
         assert keep.mask is None or bool(keep.mask[0] and keep.mask[-1])
         p = model.step(l, p)
+
+
+def test_blocks_share_a_decision(tiny, schedule):
+    """In a group of blocks the first decides, by the mean of their sparsities; scores are only made where a decision comes next."""
+    tiny.use(schedule, router := make_router(tiny, group=3))
+    assert tiny.lead == [0, 1, 1, 1, 4, 4] and tiny.schedule.sparsity == pytest.approx([0, 0.5, 0.5, 0.5, 0.3, 0.3])
+    assert [tiny.reads_scores(l) for l in range(6)] == [True, False, False, True, False, False]
+    p, kept, calls, forward = tiny.begin([tokens(40)], [40]), [], [], router.forward
+    router.forward = lambda l, *a: calls.append(l) or forward(l, *a)
+    for l in range(6):
+        keep, p = tiny.route(l, p)
+        kept.append(keep)
+        p = tiny.blocks[l](p, keep, "drop", 16 if tiny.reads_scores(l) else None)
+    assert calls == [1, 4] and kept[1] is kept[2] is kept[3] and kept[4] is kept[5] and kept[3] is not kept[4]
+    tiny.use(Schedule([0.0, 0.3, 0.0, 0.3, 1.0, 0.3], tiny.fingerprint), router)  # only blocks that skip some tokens, and lie side by side
+    assert tiny.lead == list(range(6))
+    tiny.use()
 
 
 def test_static_order(tiny, schedule):

@@ -18,7 +18,7 @@ batches = st.lists(st.integers(1, 24).flatmap(lambda n: st.tuples(st.just(n), st
 inputs = st.lists(st.sampled_from(["position", "place", "score", "rank", "sparsity", "forecast", "hidden"]), min_size=1, max_size=5, unique=True)
 routers = st.one_of(st.sampled_from(["static", "attention"]), st.fixed_dictionaries(dict(
     kind=st.sampled_from(["global", "local", "recurrent"]), inputs=inputs, width=st.integers(1, 16), score=st.sampled_from([1, 4, 16, "mean"]),
-    seed=st.integers(0, 99))))
+    group=st.sampled_from([1, 1, 2, 3]), seed=st.integers(0, 99))))
 modes = st.fixed_dictionaries(dict(router=routers, prefill=st.sampled_from(["topk", "argmax"]), decode=st.sampled_from(["dense", "threshold", "rule"]),
                                    kv=st.sampled_from(["drop", "keep"]), one_pass=st.booleans(), forecaster=st.sampled_from([None, "kv", "all"])))
 examples = st.tuples(schedules, batches, modes, st.integers(0, 2 ** 20))
@@ -134,6 +134,7 @@ def test_budget_is_met_exactly(model, example):
     setup(model, sparsity, {**mode, "prefill": "topk"})
     seqs, n = texts(batch, seed)
     p, TALLY["property checks"] = model.begin(seqs, n), TALLY["property checks"] + 1
+    sparsity = model.schedule.sparsity
     for l, s in enumerate(sparsity):
         keep, _ = model.route(l, p)
         assert keep.set_counts.tolist() == [quota(m, s) for m in n]

@@ -11,7 +11,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, make_router
 
 import data
 import evaluate
@@ -149,7 +149,8 @@ def test_training_lowers_its_loss(workshop, tmp_path, loss, flags):
     assert sum(h[-5:]) < 0.9 * sum(h[:5])
 
 
-@pytest.mark.parametrize("more", [["--router_kind", "local", "--hinge"], ["--router_kind", "recurrent", "--gumbel", "0.5", "--decode_share", "1"],
+@pytest.mark.parametrize("more", [["--router_kind", "local", "--hinge"],
+                                  ["--router_kind", "recurrent", "--gumbel", "0.5", "--decode_share", "1", "--group", "2"],
                                   ["--inputs", "place,hidden", "--distill", "mse", "--prefill", "argmax"], ["--score", "mean", "--kv", "keep", "--one_pass"]])
 def test_training_options(made, workshop, tmp_path, more):
     train(workshop, tmp_path, made / "schedule.json", "--steps", 4, *more)
@@ -170,11 +171,13 @@ def test_every_individual_meets_the_target():
                 assert sum(x / GRAIN for x in w) / L == pytest.approx(S, abs=1e-12)
 
 
-def test_shared_work_changes_nothing(workshop):
+@pytest.mark.parametrize("group", [None, 1, 2])
+def test_shared_work_changes_nothing(workshop, group):
     model = FTPModel.from_pretrained(workshop[0])
+    router = make_router(model, group=group) if group else "static"
     g = random.Random(1)
     samples = [([g.randrange(2, 258) for _ in range(30)], [g.randrange(2, 258) for _ in range(8)]) for _ in range(5)]
-    a, b = Fitness(model, samples), Fitness(model, samples, max_entries=0)
+    a, b = Fitness(model, samples, router), Fitness(model, samples, router, max_entries=0)
     for u in ([0, 300, 300, 300, 300, 600], [0, 300, 300, 300, 600, 300], [0, 300, 300, 300, 300, 600], [0, 500, 300, 300, 400, 300]):
         assert torch.equal(a.items(u), b.items(u))
     assert a.blocks_run < b.blocks_run == 18
