@@ -6,7 +6,8 @@
 
 The base: schedule of the genetic search (K/V dropped), a global router on the four factors, trained with the symmetric sparsity loss, a guide that
 decays by half of the steps, scores of the last 16 queries, quotas, causal protocol, no stage 3. A cell changes one thing and is trained and
-measured like the base; the stages that it has in common with others run once. Each figure is the mean over seeds +- standard deviation.
+measured like the base; the stages that it has in common with others run once. Each figure is the mean over seeds +- standard deviation; the KL
+over the base's is paired by held-out sample, +- the standard error over these.
 """
 import shlex
 import statistics
@@ -19,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from common import Parser, bar, check, run
 from data import shown, spread
+from evaluate import paired
 from files import FTPError, load_json, save_json
 from router import FACTORS
 
@@ -110,21 +112,27 @@ def figures(folder):
     got = {"skipped": row["sparsity_prefill"], "FLOPs saved": row["flops_saved_prefill"], "KL": row["kl"], "KL static": rows.get("static", {}).get("kl")}
     got |= {f"ppl {t}": v for t, v in row["ppl"].items()} | {"retention, pooled": row["retention_pooled"],
                                                              "with context, pooled": row["retention_context_pooled"]}
+    got["KL items"] = row["kl_items"]
     work = load_json(Path(router).with_suffix(".json"), "ftp-router-1", "--out_dir")["meta"]["work"] if router else {}
     return got | {"training tokens": work.get("tokens")}
 
 
 def write(out_dir, done, settings):
     """ablations.json and ablations.md from the cells evaluated so far {(axis, variant): {seed: folder}}; returns the table as lines."""
-    rows = []
+    rows, items = [], {}
     for (axis, variant), folders in done.items():
         each = {seed: figures(f) for seed, f in folders.items()}
+        items[axis, variant] = {(seed, i): v for seed, e in each.items() for i, v in enumerate(e.pop("KL items"))}
         names = dict.fromkeys(k for e in each.values() for k in e)
         rows.append({"axis": axis, "variant": variant, "each": each, "over_seeds": {k: spread([e.get(k) for e in each.values()]) for k in names}})
+        base, mine = items.get(("base", ""), {}), items[axis, variant]  # the base comes first, or failed
+        both = [k for k in mine if k in base]
+        rows[-1]["KL over the base's"] = "{:+.4f} ± {:.4f}".format(*paired([mine[k] for k in both], [base[k] for k in both])) if both else "-"
     save_json(Path(out_dir) / "ablations.json", {"format": "ftp-ablations-1", "settings": settings, "rows": rows})
     columns = list(dict.fromkeys(k for r in rows for k, s in r["over_seeds"].items() if s["n"]))
-    lines = ["| " + " | ".join(("what changes", "to", *columns, "seeds")) + " |", "| --- " * (len(columns) + 3) + "|"]
-    lines += ["| " + " | ".join((r["axis"], r["variant"], *(shown(r["over_seeds"][k]) for k in columns), str(len(r["each"])))) + " |" for r in rows]
+    lines = ["| " + " | ".join(("what changes", "to", *columns, "KL over the base's, paired", "seeds")) + " |", "| --- " * (len(columns) + 4) + "|"]
+    lines += ["| " + " | ".join((r["axis"], r["variant"], *(shown(r["over_seeds"][k]) for k in columns),
+                                 r["KL over the base's"], str(len(r["each"])))) + " |" for r in rows]
     (Path(out_dir) / "ablations.md").write_text("\n".join(lines) + "\n")
     return lines
 

@@ -60,12 +60,18 @@ def merge(points, cost, join):
 
 
 def add_speed(points, bench, length):
-    """Give each point the prefill speed-up measured under its name at its level (within 0.05), batch 1; returns the prompt length taken."""
+    """Give each point the prefill speed-ups measured under its name nearest to its level (within 0.05), batch 1; returns the prompt length taken."""
     rows = [r for some, *_ in read(bench, "ftp-bench-1", "--bench") for r in some if (r["phase"], r["batch_size"]) == ("prefill", 1) and level(r)]
     length = length or max((r["prompt_len"] for r in rows), default=0)
-    for p in points:  # the bench row "static 0.3" is the method static
-        near = [r for r in rows if r["prompt_len"] == length and p["name"] in (r["name"], r["name"].rpartition(" ")[0])
-                and abs(level(r) - p["level"]["mean"]) <= 0.05]
+    gap = lambda r, p: abs(level(r) - p["level"]["mean"])
+    for p in points:
+        p["near"] = []
+    for r in rows:  # the bench row "static 0.3" is the method static
+        same = [p for p in points if p["name"] in (r["name"], r["name"].rpartition(" ")[0]) and gap(r, p) <= 0.05]
+        if same and r["prompt_len"] == length:
+            min(same, key=lambda p: gap(r, p))["near"].append(r)
+    for p in points:
+        near = p.pop("near")
         p |= {k: spread([r[f] for r in near]) for k, f in (("speed", "speedup_vs_dense"), ("ms", "median_ms"), ("bound", "flops_bound"))}
     check(any(p["speed"]["n"] for p in points), f"--bench: no prefill of {length} tokens at batch 1 fits a method; give another --length or file")
     return length

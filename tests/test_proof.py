@@ -222,7 +222,7 @@ def eval_file(path, rows, **settings):
     """An eval.json with rows {name: (FLOPs saved, perplexity, KL, retention)}, as evaluate.py writes it."""
     make = lambda name, saved, ppl, kl, kept: {
         "name": name, "sparsity_prefill": saved, "sparsity_decode": 0.0, "flops_saved_prefill": saved, "flops_saved_total": saved / 2, "kl": kl,
-        "ppl": {"responses": 3.0, "wiki": ppl}, "retention_pooled": kept, "retention_context_pooled": None}
+        "kl_items": [kl, kl], "ppl": {"responses": 3.0, "wiki": ppl}, "retention_pooled": kept, "retention_context_pooled": None}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"format": "ftp-eval-1", "config": {"settings": {"protocol": "causal", **settings}, "fingerprint": {"config": "x"}},
                                 "rows": [make("dense", 0.0, 20.0, 0.0, 1.0), *(make(k, *v) for k, v in rows.items())]}))
@@ -313,4 +313,5 @@ def test_ablation_table(tmp_path):
     rows = json.loads((tmp_path / "ablations.json").read_text())["rows"]
     assert rows[0]["over_seeds"]["KL"]["mean"] == pytest.approx(0.2)
     assert rows[1]["over_seeds"]["KL"] == {"mean": pytest.approx(0.5), "std": pytest.approx(0.1), "n": 3}
-    assert len(lines) == 4 and "0.5000 ± 0.1000" in lines[3] and lines == (tmp_path / "ablations.md").read_text().splitlines()
+    assert len(lines) == 4 and "0.5000 ± 0.1000" in lines[3] and "+0.3000 ± 0.0000" in lines[3]
+    assert lines == (tmp_path / "ablations.md").read_text().splitlines()
