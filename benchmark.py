@@ -2,6 +2,7 @@
 
     python benchmark.py --schedule out/schedule_ft.json --router out/router.safetensors    # -> out/bench.json, a table
     python benchmark.py --lengths 512,1024,2048,4096 --batch_sizes 1,8 --dtype bfloat16 --peers --peer laco=out/baselines/laco_0.30
+    python benchmark.py --lengths 1024 --batch_sizes 8 --ragged                            # prompts of 128, 256, ... 1024 tokens in one batch
     python benchmark.py --synthetic llama2-7b --sparsity 0.30 --device cuda                # random weights of that shape
     python benchmark.py --memory --dtype bfloat16 --lengths 4096 --sparsity 0.30           # what 7B, 13B and 70B models need
     python benchmark.py --synthetic llama2-7b --dtype bfloat16 --save out/llama2-7b        # the same as a sharded checkpoint, 13.5 GB
@@ -18,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from common import Parser, check, load_peers, peer_model, pick_dtype, routing_of, run, start
@@ -128,13 +130,13 @@ class Ours:
     def kv_bytes(self):
         return self.cache.bytes()[0]
 
-    def bounds(self, T, decoded):
-        """FLOPs of dense over FLOPs of this setting, for prefill and for one decoded token at its realised sparsity."""
+    def bounds(self, sizes, decoded):
+        """FLOPs of dense over FLOPs of this setting, for a prefill of prompts of these sizes and for one decoded token at its realised sparsity."""
         c, n, base = self.model.config, self.model.config.n_layer, self.model.base
         s = self.model.schedule.sparsity if self.schedule else [0.0] * n
-        prefill = base.prefill_flops(T, [0.0] * base.n_layer) / c.prefill_flops(T, s, self.routing.get("kv", "drop"), self.router, self.model.score_window,
-                                                                  forecaster=self.routing.get("forecaster"),
-                                                                  parts=self.schedule and self.schedule.parts)
+        prefill = sum(base.prefill_flops(T, [0.0] * base.n_layer) for T in sizes) / sum(
+            c.prefill_flops(T, s, self.routing.get("kv", "drop"), self.router, self.model.score_window, forecaster=self.routing.get("forecaster"),
+                            parts=self.schedule and self.schedule.parts) for T in sizes)
         st = self.model.stats
         if not decoded:
             return prefill, None
@@ -143,7 +145,7 @@ class Ours:
 
 
 class Transformers:
-    """Hugging Face's own model with its SDPA attention and cache, the same weights and inputs."""
+    """Hugging Face's own model with its SDPA attention and cache, the same weights and inputs; prompts of unequal length are padded on the left."""
     def __init__(self, folder, dtype, device):
         from transformers import AutoModelForCausalLM
         self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa").to(device).eval()
@@ -153,27 +155,35 @@ class Transformers:
 
     @torch.inference_mode()
     def prefill(self, ids):
-        out = self.model(torch.tensor(ids, device=self.model.device), use_cache=True, logits_to_keep=1)
-        self.past = out.past_key_values
-        return out.logits[:, -1]
+        longest = max(map(len, ids))
+        self.mask = torch.tensor([[0] * (longest - len(s)) + [1] * len(s) for s in ids], device=self.model.device)
+        return self.run([[0] * (longest - len(s)) + s for s in ids])
 
     @torch.inference_mode()
     def decode(self, token):
-        out = self.model(torch.tensor(token, device=self.model.device)[:, None], past_key_values=self.past, use_cache=True)
+        self.mask = F.pad(self.mask, (0, 1), value=1)
+        return self.run([[t] for t in token], past_key_values=self.past)
+
+    def run(self, ids, **past):
+        ids, pads = torch.tensor(ids, device=self.model.device), {}
+        if not self.mask.all():     # without pads it needs no mask, and its attention is the fused causal one
+            pads = {"attention_mask": self.mask, "position_ids": (self.mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1]:]}
+        out = self.model(ids, use_cache=True, logits_to_keep=1, **pads, **past)
         self.past = out.past_key_values
         return out.logits[:, -1]
 
     def kv_bytes(self):
         return sum(t.numel() * t.element_size() for layer in self.past.layers for t in (layer.keys, layer.values))
 
-    def bounds(self, T, decoded):
+    def bounds(self, sizes, decoded):
         return 1.0, 1.0 if decoded else None
 
 
-def measure(variants, T, B, n_decode, rounds, vocab, device):
-    """Times of every variant in turns: {name: {"prefill": [s], "decode": [s per token], "peak": MB, "kv": bytes, "sparsity": ...}}."""
+def measure(variants, sizes, n_decode, rounds, vocab, device):
+    """Times of every variant in turns, for one batch of prompts of these sizes: {name: {"prefill": [s], "decode": [s per token], "peak": MB,
+    "kv": bytes, "sparsity": ...}}."""
     g = torch.Generator().manual_seed(0)
-    ids = torch.randint(3, vocab, (B, T), generator=g).tolist()
+    ids = [torch.randint(3, vocab, (n,), generator=g).tolist() for n in sizes]
     got = {name: {"prefill": [], "decode": []} for name in variants}
     for turn in range(rounds + 1):  # the first is the warm-up; every other round backwards, so that no variant always follows the same one
         for name, v in list(variants.items())[::1 - 2 * (turn % 2)]:
@@ -198,8 +208,8 @@ def measure(variants, T, B, n_decode, rounds, vocab, device):
             got[name]["peak"] = peak_mb(device)
             if isinstance(v, Ours):
                 got[name]["decode_sparsity"] = v.model.stats.mean("decode")
-            got[name]["bounds"] = v.bounds(T, n_decode)
-            v.cache = v.past = None
+            got[name]["bounds"] = v.bounds(sizes, n_decode)
+            v.cache = v.past = v.mask = None
     return got
 
 
@@ -233,6 +243,7 @@ def main():
     p.add_argument("--decode", default="dense", choices=["dense", "threshold", "rule"], help="how decoded tokens are routed")
     p.add_argument("--lengths", default="256,1024,2048", help="prompt lengths, tokens")
     p.add_argument("--batch_sizes", default="1", help="batch sizes")
+    p.add_argument("--ragged", action="store_true", help="prompts of a batch of B have T/B, 2T/B, ... T tokens; ours are packed, transformers pads them")
     p.add_argument("--n_decode", type=int, default=16, help="tokens decoded after each prefill, 0: prefill only")
     p.add_argument("--rounds", type=int, default=7, help="timed rounds after the warm-up")
     p.add_argument("--untrained", action="store_true", help="beside each --sparsity also a router of random weights (always with --synthetic)")
@@ -252,12 +263,13 @@ def main():
         print(f"-> {args.save}: give it as --model")
         return
     try:
-        lengths, batch_sizes, sparsities = ([t(v) for v in s.split(",")] for t, s in (
-            (int, args.lengths), (int, args.batch_sizes), (float, args.sparsity)))
+        lengths, batch_sizes = ([int(v) for v in text.split(",")] for text in (args.lengths, args.batch_sizes))
+        sparsities = [float(v) for v in args.sparsity.split(",")]
     except ValueError:
         check(False, f"--lengths {args.lengths} --batch_sizes {args.batch_sizes} --sparsity {args.sparsity}: give numbers parted by commas")
     check(min(lengths) > 1 and min(batch_sizes) > 0 and args.rounds > 0 and args.n_decode >= 0,
           "--lengths must exceed 1, --batch_sizes and --rounds be at least 1, --n_decode at least 0")
+    check(not args.ragged or 2 * max(batch_sizes) <= min(lengths), "--ragged: the shortest prompt would have one token; give longer --lengths")
     check(not args.device_map, "--device_map: the clock and the memory counter here read one device; leave it out")
     if args.memory:
         return print_memory(lengths, batch_sizes, sparsities, pick_dtype(args.dtype, args.device)[0], args.kv)
@@ -292,16 +304,18 @@ def main():
     rows = []
     for B in batch_sizes:
         for T in lengths:
-            got = measure(variants, T, B, args.n_decode, args.rounds, model.config.vocab_size, device)
+            sizes = [T * (b + 1) // B if args.ragged else T for b in range(B)]
+            got = measure(variants, sizes, args.n_decode, args.rounds, model.config.vocab_size, device)
             for name, g in got.items():
                 for phase, bound in zip(("prefill", "decode"), g["bounds"]):
                     if not g[phase]:
                         continue
                     ms, base = np.array(g[phase]) * 1e3, np.median(got["dense"][phase]) * 1e3
-                    row = {"name": name, "phase": phase, "batch_size": B, "prompt_len": T, "dtype": str(model.dtype).removeprefix("torch."),
+                    row = {"name": name, "phase": phase, "batch_size": B, "prompt_len": T, "prompt_lens": sizes,
+                           "dtype": str(model.dtype).removeprefix("torch."),
                            "median_ms": float(np.median(ms)), "p10_ms": float(np.percentile(ms, 10)), "p90_ms": float(np.percentile(ms, 90)),
                            "n": len(ms), "speedup_vs_dense": float(base / np.median(ms)), "flops_bound": bound, "peak_mb": g["peak"],
-                           "kv_bytes": g["kv"], "tokens_per_s": float((B * T if phase == "prefill" else B) / np.median(ms) * 1e3),
+                           "kv_bytes": g["kv"], "tokens_per_s": float((sum(sizes) if phase == "prefill" else B) / np.median(ms) * 1e3),
                            "sparsity_prefill": g.get("sparsity", (None,))[0], "flops_saved_prefill": g.get("sparsity", (None, None))[1],
                            "sparsity_decode": g.get("decode_sparsity")}
                     rows.append(row)
