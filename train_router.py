@@ -3,6 +3,7 @@
     python train_router.py --schedule out/schedule.json                          # -> out/router.safetensors, out/router.json
     python train_router.py --inputs hidden --router_kind local --hinge           # the ablations of the paper
     python train_router.py --group 3                                             # every third block decides, for the two after it as well
+    python train_router.py --guide out/router.safetensors --width 128            # another router on the guide that was found for this one
     python train_router.py --model meta-llama/Llama-2-7b-hf --data tatsu-lab/alpaca --nsamples 2000 --steps 2000
     python train_router.py --schedule out/schedule.json --resume                 # go on after an interruption
     torchrun --nproc_per_node 8 train_router.py --batch_size 8                   # one sample of each step a GPU
@@ -29,7 +30,7 @@ from safetensors.torch import save_file
 
 from common import Parser, bar, check, digest, gather, kept, rank, routing_of, run, shard, share_stats, spread_states, start, total, unshard, world
 from data import load_samples, load_tokenizer
-from files import read_tensors, save_files, tensors_id
+from files import load_json, read_tensors, save_files, tensors_id
 from model_ftp import by_quota, by_sample, kl_divergence, response_rows
 from router import FACTORS, Router, Schedule
 
@@ -53,6 +54,14 @@ class Order:
     @classmethod
     def static(cls):
         return cls([i / (KNOTS - 1) for i in range(KNOTS)])
+
+    @classmethod
+    def of_router(cls, path):
+        """The guide that a router was trained with."""
+        o = load_json(Path(path).with_suffix(".json"), "ftp-router-1", "--guide", {"meta": {"guide": {
+            "curve": [float], "weights": [float], "head": int, "tail": int}}})["meta"]["guide"]
+        check((len(o["curve"]), len(o["weights"])) == (KNOTS, 2), f"--guide: {path} is damaged (its guide has another shape); give another router")
+        return cls(o["curve"], o["weights"], o["head"], o["tail"])
 
     def __call__(self, p, s):
         curve, at = torch.tensor(self.curve, device=p.place.device), p.place * (KNOTS - 1)
@@ -205,7 +214,8 @@ def main():
     p.add_argument("--batch_size", type=int, default=1, help="samples a step, all ranks together")
     p.add_argument("--lr", type=float, default=2e-3, help="learning rate, falling to a tenth by a cosine")
     p.add_argument("--warmup", type=int, default=1500, help="steps of the guide loss alone, without the LLM")
-    p.add_argument("--guide", default="search", choices=["search", "static"], help="order the guide loss teaches: found on the samples, or the paper's")
+    p.add_argument("--guide", default="search", help='order the guide loss teaches: "search" for it on the samples, "static" (the paper\'s), or a router '
+                   "file, to take its guide; the search is more than half of a short training")
     p.add_argument("--guide_evals", type=int, default=40, help="orders tried by the guide search")
     p.add_argument("--guide_samples", type=int, default=24, help="training samples the guide search measures on")
     p.add_argument("--lambda_d", type=float, default=1.0, help="weight of the distillation loss")
@@ -226,6 +236,7 @@ def main():
     check(args.batch_size >= world(), f"--batch_size {args.batch_size}: fewer samples a step than ranks; give at least {world()}")
     check(args.decode_share == 0 or world() == 1, "--decode_share: its thresholds are quantiles over a whole step, so it trains in one process only")
     schedule = Schedule.load(args.schedule)
+    taken = None if args.guide in ("search", "static") else Order.of_router(args.guide)
     model, config = start(args)
     tokenizer, out = load_tokenizer(args.model), Path(args.out_dir)
     kw = dict(max_prompt=args.max_prompt, max_response=args.max_response, seed=args.seed)
@@ -261,20 +272,23 @@ def main():
     optimizer = torch.optim.Adam(rates, args.lr)
     settings = {k: v for k, v in vars(args).items() if k not in ("resume", "threads", "out_dir")} | {
         "schedule_id": schedule.id, "fingerprint": model.fingerprint, "data_digest": digest([samples, held]),
-        "forecaster_id": routing["forecaster"] and routing["forecaster"].id}
+        "guide_taken": taken and vars(taken), "forecaster_id": routing["forecaster"] and routing["forecaster"].id}
     state_path, step, history, best = out / "train_state.safetensors", 0, [], None
     if args.resume and state_path.exists():
         step, best, history, guide = load_state(state_path, learner, optimizer, settings)
         print(f"resuming at step {step}")
     else:
         guide, rng = Order.static(), random.Random(args.seed)
-        if args.guide == "search":
-            model.use()
-            few = spread_states(model, samples[:args.guide_samples])
-            guide, tried = search_guide(lambda o: float(routed_kl(model, few, schedule, o, **fixed).mean()), args.guide_evals, rng)
+        if args.guide != "static":
+            if taken:
+                guide, found = taken, f"from {args.guide}"
+            else:
+                model.use()
+                few = spread_states(model, samples[:args.guide_samples])
+                guide, tried = search_guide(lambda o: float(routed_kl(model, few, schedule, o, **fixed).mean()), args.guide_evals, rng)
+                found = f"KL {min(tried):.4f} (static order {tried[0]:.4f}) after {len(tried)} orders"
             watched = routed_kl(model, held_taught, schedule, guide, **fixed).mean()
-            print(f"guide: KL {min(tried):.4f} (static order {tried[0]:.4f}) after {len(tried)} orders, watched {watched:.4f}; "
-                  f"curve {[round(v, 2) for v in guide.curve]}, "
+            print(f"guide: {found}, watched {watched:.4f}; curve {[round(v, 2) for v in guide.curve]}, "
                   f"weights {[round(v, 2) for v in guide.weights]}, head {guide.head}, tail {guide.tail}", flush=True)
             if watched > static.mean():
                 print("the static order is better on the watched samples: it stays the guide")

@@ -6,8 +6,8 @@
 
 The base: schedule of the genetic search (K/V dropped), a global router on the four factors, trained with the symmetric sparsity loss, a guide that
 decays by half of the steps, scores of the last 16 queries, quotas, causal protocol, no stage 3. A cell changes one thing and is trained and
-measured like the base; the stages that it has in common with others run once. Each figure is the mean over seeds +- standard deviation; the KL
-over the base's is paired by held-out sample, +- the standard error over these.
+measured like the base; the stages that it has in common with others run once, and where the guide can't differ it takes the base's. Each figure is
+the mean over seeds +- standard deviation; the KL over the base's is paired by held-out sample, +- the standard error over these.
 """
 import shlex
 import statistics
@@ -27,42 +27,44 @@ from router import FACTORS
 ROOT = Path(__file__).resolve().parent.parent
 STAGES = {"forecast": "fit_forecaster.py", "search": "search_scheduler.py", "train": "train_router.py", "finetune": "finetune_static.py",
           "evaluate": "evaluate.py"}
+GUIDE = "--guide {guide}"
 FORECAST = "--kv keep --forecaster {forecaster}"
 
 
 def cells(sizes, steps):
-    """[(axis, variant, {stage: flags beyond the base's})]; "route" goes to every stage from the search on, "finetune" asks for stage 3."""
+    """[(axis, variant, {stage: flags beyond the base's})]; "route" goes to every stage from the search on, "finetune" asks for stage 3. GUIDE: schedule
+    and samples are the base's, so that the search for a guide would find the same."""
     inputs = [(f"no {f}", ",".join(g for g in FACTORS if g != f)) for f in FACTORS]
     inputs += [("hidden", "hidden"), ("four and hidden", ",".join((*FACTORS, "hidden")))]
     return [
         ("base", "", {}),
         ("schedule", "uniform", {"search": "--method uniform"}), ("schedule", "bi", {"search": "--method bi"}),
         ("schedule", "ga and stage 3", {"finetune": ""}),
-        ("router", "local", {"train": "--router_kind local"}), ("router", "recurrent", {"train": "--router_kind recurrent"}),
-        *(("inputs", name, {"train": f"--inputs {these}"}) for name, these in inputs),
-        ("sparsity_loss", "hinge", {"train": "--hinge"}),
-        ("decay", "by the last step", {"train": "--guide_until 1"}), ("decay", "never", {"train": "--guide_until 1e9"}),
+        ("router", "local", {"train": f"--router_kind local {GUIDE}"}), ("router", "recurrent", {"train": f"--router_kind recurrent {GUIDE}"}),
+        *(("inputs", name, {"train": f"--inputs {these} {GUIDE}"}) for name, these in inputs),
+        ("sparsity_loss", "hinge", {"train": f"--hinge {GUIDE}"}),
+        ("decay", "by the last step", {"train": f"--guide_until 1 {GUIDE}"}), ("decay", "never", {"train": f"--guide_until 1e9 {GUIDE}"}),
         ("guide", "static", {"train": "--guide static"}), ("guide", "none", {"train": "--guide static --warmup 0 --lambda_g 0"}),
-        ("score", "mean", {"train": "--score mean"}),
+        ("score", "mean", {"train": f"--score mean {GUIDE}"}),
         *(("group", str(n), {"train": f"--group {n}"}) for n in (3, 5)),
         ("passes", "one", {"train": "--one_pass", "evaluate": "--one_pass"}),
-        ("decision", "argmax", {"train": "--prefill argmax", "evaluate": "--prefill argmax"}),
+        ("decision", "argmax", {"train": f"--prefill argmax {GUIDE}", "evaluate": "--prefill argmax"}),
         ("protocol", "joint", {"evaluate": "--protocol joint"}),
-        *(("samples", str(n), {"train": f"--nsamples {n}"}) for n in sizes), *(("steps", str(n), {"train": f"--steps {n}"}) for n in steps),
+        *(("samples", str(n), {"train": f"--nsamples {n}"}) for n in sizes), *(("steps", str(n), {"train": f"--steps {n} {GUIDE}"}) for n in steps),
         ("kv", "keep", {"route": "--kv keep"}), ("kv", "keep and forecast", {"route": FORECAST}),
         ("forecast_input", "with it", {"route": FORECAST, "train": f"--inputs {','.join(FACTORS)},forecast"})]  # beside kv, keep and forecast
 
 
 def plan(table, seeds, args):
     """{(axis, variant, seed): [(script, its arguments, folder)]}: equal stages have one folder, that of the first cell with them."""
-    homes, todo = {}, {}
+    homes, todo, guides = {}, {}, {}
     for seed in seeds:
         for axis, variant, flags in table:
             mine, steps = Path(args.out_dir) / f"{axis}-{variant}".strip("-").replace(" ", "_") / f"seed{seed}", []
             same = {"model": args.model, "data": args.data, "seed": seed, "device": args.device, "dtype": args.dtype}
 
             def stage(name, artefact, *more):
-                special = route * (name != "forecast") + shlex.split(flags.get(name, ""))
+                special = route * (name != "forecast") + [w.format(guide=guides.get(seed)) for w in shlex.split(flags.get(name, ""))]
                 words = [STAGES[name], *(str(w) for k, v in same.items() for w in (f"--{k}", v)), *more, *shlex.split(getattr(args, name)), *special]
                 folder = homes.setdefault(tuple(words), mine)
                 steps.append((words[0], [*words, "--out_dir", str(folder)], folder))
@@ -74,6 +76,7 @@ def plan(table, seeds, args):
                 route = [w.format(forecaster=forecaster) for w in route]
             schedule = stage("search", "schedule.json", "--sparsity", str(args.sparsity), "--resume")
             router = stage("train", "router.safetensors", "--schedule", schedule, "--resume")
+            guides.setdefault(seed, router)  # the base comes first
             if "finetune" in flags:
                 schedule = stage("finetune", "schedule_ft.json", "--schedule", schedule, "--router", router, "--resume")
             stage("evaluate", "eval.json", "--rows", "static,ftp", "--schedule", schedule, "--router", router, "--resume")

@@ -21,6 +21,7 @@ from files import FTPError
 from model_ftp import FTPModel
 from router import Forecaster, Router, Schedule
 from search_scheduler import GRAIN, Fitness, allocate, crossover, mutate, repair
+from train_router import Order
 
 SCRIPTS = ["prepare.py", "search_scheduler.py", "train_router.py", "finetune_static.py", "evaluate.py", "benchmark.py", "fit_forecaster.py",
            "export.py", "convert.py", "analysis/baselines.py", "analysis/pareto.py", "analysis/ablations.py",
@@ -139,6 +140,19 @@ def test_training_resumes_to_the_same_result(made, workshop, tmp_path, monkeypat
     a, b = (Router.load(p / "router.safetensors") for p in (made, tmp_path))
     for x, y in zip(a.parameters(), b.parameters()):
         assert torch.equal(x, y)
+
+
+def test_a_guide_may_be_taken_from_another_router(made, workshop, tmp_path):
+    """With the guide of an equal run the search is spared and nothing else changes; a file without one is refused."""
+    got = train(workshop, tmp_path, made / "schedule.json", "--steps", 8, "--guide", made / "router.safetensors")
+    assert "orders" not in got.stdout and f"guide: from {made}" in got.stdout
+    a, b = (Router.load(p / "router.safetensors") for p in (made, tmp_path))
+    assert a.meta["guide"] == b.meta["guide"] and all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters()))
+    o = json.loads((made / "router.json").read_text())
+    for guide in (None, {**o["meta"]["guide"], "curve": [1.0]}, {**o["meta"]["guide"], "head": "many"}):
+        (tmp_path / "bad.json").write_text(json.dumps(o | {"meta": {**o["meta"], "guide": guide}}))
+        with pytest.raises(FTPError, match="--guide"):
+            Order.of_router(tmp_path / "bad.safetensors")
 
 
 @pytest.mark.parametrize("loss, flags", [("L_d", ["--steps", 80, "--lr", 0.004]), ("L_s", ["--steps", 60, "--lr", 0.02, "--lambda_d", 0])])
