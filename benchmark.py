@@ -179,11 +179,15 @@ class Transformers:
         return 1.0, 1.0 if decoded else None
 
 
+def random_prompts(sizes, vocab):
+    g = torch.Generator().manual_seed(0)
+    return [torch.randint(3, vocab, (n,), generator=g).tolist() for n in sizes]
+
+
 def measure(variants, sizes, n_decode, rounds, vocab, device):
     """Times of every variant in turns, for one batch of prompts of these sizes: {name: {"prefill": [s], "decode": [s per token], "peak": MB,
     "kv": bytes, "sparsity": ...}}."""
-    g = torch.Generator().manual_seed(0)
-    ids = [torch.randint(3, vocab, (n,), generator=g).tolist() for n in sizes]
+    ids = random_prompts(sizes, vocab)
     got = {name: {"prefill": [], "decode": []} for name in variants}
     for turn in range(rounds + 1):  # the first is the warm-up; every other round backwards, so that no variant always follows the same one
         for name, v in list(variants.items())[::1 - 2 * (turn % 2)]:
@@ -215,7 +219,7 @@ def measure(variants, sizes, n_decode, rounds, vocab, device):
 
 def router_share(variant, T, vocab):
     """Share of a routed prefill's time spent in routing and scores, by the profiler."""
-    ids = torch.randint(3, vocab, (1, T), generator=torch.Generator().manual_seed(0)).tolist()
+    ids = random_prompts([T], vocab)
     variant.ready()
     variant.prefill(ids)
     with torch.profiler.profile(activities=list(torch.profiler.supported_activities())) as prof, torch.profiler.record_function("whole"):
@@ -225,14 +229,19 @@ def router_share(variant, T, vocab):
 
 
 @torch.inference_mode()
-def masked_difference(variant, T, vocab):
-    """Largest difference of the last position's logits between the routed pass and the masked reference, which skips nothing, as a share
-    of the largest logit.
-    In low precision a near tie of margins may let the two keep another token."""
-    ids = torch.randint(3, vocab, (1, T), generator=torch.Generator().manual_seed(0)).tolist()
+def masked_difference(variant, sizes, vocab):
+    """The routed pass of a batch against the masked reference, which skips nothing: largest difference of the last positions' logits, as a
+    share of the largest logit; and the share of tokens and skipping blocks in which the two decided otherwise, as rounding may break a
+    near tie of margins (then the logits differ by more than rounding)."""
     variant.ready()
-    got, want = (variant.model.score_rows(ids, [T], rows=[T - 1], masked=masked).float() for masked in (False, True))
-    return float((got - want).abs().max() / want.abs().max())
+    model, ids, otherwise, decisions = variant.model, random_prompts(sizes, vocab), 0, 0
+    p, q = model.begin(ids, sizes), model.begin(ids, sizes)
+    for l in range(model.config.n_layer):
+        p, q = model.step(l, p), model.step(l, q, masked=True)
+        if 0 < model.schedule.sparsity[l] < 1:
+            otherwise, decisions = otherwise + int((p.kept[1].mask != q.kept[1].mask).sum()), decisions + sum(sizes)
+    got, want = (model.logits(t.x[np.cumsum(sizes) - 1]).float() for t in (p, q))
+    return {"logits": float((got - want).abs().max() / want.abs().max()), "decisions": otherwise / max(decisions, 1)}
 
 
 def main():
@@ -301,21 +310,21 @@ def main():
         variants[name] = Ours(peer_model(folder, model), s, r, **how)
     if not args.no_hf and not args.synthetic:
         variants["transformers"] = Transformers(find_model(args.model), model.dtype, device)
+    sizes = lambda B, T: [T * (b + 1) // B if args.ragged else T for b in range(B)]
     rows = []
     for B in batch_sizes:
         for T in lengths:
-            sizes = [T * (b + 1) // B if args.ragged else T for b in range(B)]
-            got = measure(variants, sizes, args.n_decode, args.rounds, model.config.vocab_size, device)
+            got = measure(variants, sizes(B, T), args.n_decode, args.rounds, model.config.vocab_size, device)
             for name, g in got.items():
                 for phase, bound in zip(("prefill", "decode"), g["bounds"]):
                     if not g[phase]:
                         continue
                     ms, base = np.array(g[phase]) * 1e3, np.median(got["dense"][phase]) * 1e3
-                    row = {"name": name, "phase": phase, "batch_size": B, "prompt_len": T, "prompt_lens": sizes,
+                    row = {"name": name, "phase": phase, "batch_size": B, "prompt_len": T, "prompt_lens": sizes(B, T),
                            "dtype": str(model.dtype).removeprefix("torch."),
                            "median_ms": float(np.median(ms)), "p10_ms": float(np.percentile(ms, 10)), "p90_ms": float(np.percentile(ms, 90)),
                            "n": len(ms), "speedup_vs_dense": float(base / np.median(ms)), "flops_bound": bound, "peak_mb": g["peak"],
-                           "kv_bytes": g["kv"], "tokens_per_s": float((sum(sizes) if phase == "prefill" else B) / np.median(ms) * 1e3),
+                           "kv_bytes": g["kv"], "tokens_per_s": float((sum(sizes(B, T)) if phase == "prefill" else B) / np.median(ms) * 1e3),
                            "sparsity_prefill": g.get("sparsity", (None,))[0], "flops_saved_prefill": g.get("sparsity", (None, None))[1],
                            "sparsity_decode": g.get("decode_sparsity")}
                     rows.append(row)
@@ -326,10 +335,11 @@ def main():
              if isinstance(v, Ours) and v.router is not None}
     for name, by_length in share.items():
         print(f"router and scores, share of routed prefill ({name}): " + ", ".join(f"{T}: {100 * v:.1f} %" for T, v in by_length.items()))
-    apart = {name: {str(T): masked_difference(v, T, model.config.vocab_size) for T in lengths} for name, v in variants.items()
-             if args.verify and isinstance(v, Ours) and v.schedule is not None}
-    for name, by_length in apart.items():
-        print(f"routed against masked reference, largest difference of a logit ({name}): " + ", ".join(f"{T}: {v:.1e}" for T, v in by_length.items()))
+    apart = {name: {f"{B}x{T}": masked_difference(v, sizes(B, T), model.config.vocab_size) for B in batch_sizes for T in lengths}
+             for name, v in variants.items() if args.verify and isinstance(v, Ours) and v.schedule is not None}
+    for name, by_shape in apart.items():
+        print(f"routed against masked reference, largest difference of a logit, and decisions that differ ({name}): "
+              + ", ".join(f"{shape}: {v['logits']:.1e}, {100 * v['decisions']:.3f} %" for shape, v in by_shape.items()))
     result = {"format": "ftp-bench-1", "config": config, "rows": rows, "router_share": share, "masked_difference": apart}
     save_json(f"{args.out_dir}/bench.json", result)
     print(json.dumps(result))

@@ -317,7 +317,9 @@ def test_benchmark(made, workshop, tmp_path):
     kv = {r["name"]: r["kv_bytes"] for r in o["rows"] if r["prompt_len"] == 64 and r["batch_size"] == 2}
     assert kv["dense"] == kv["transformers"] > kv["static"] > 0.65 * kv["dense"]
     assert 0 < o["router_share"]["ftp"]["64"] < 1
-    assert set(o["masked_difference"]) == {"ftp", "static", "removal 2/6"} and all(d < 1e-4 for t in o["masked_difference"].values() for d in t.values())
+    apart = o["masked_difference"]
+    assert set(apart) == {"ftp", "static", "removal 2/6"} and set(apart["ftp"]) == {"1x32", "1x64", "2x32", "2x64"}
+    assert all(0 <= d["logits"] < 1e-4 and d["decisions"] == 0 for t in apart.values() for d in t.values()) and apart["ftp"]["2x64"]["logits"] > 0
     got = call("benchmark.py", "--synthetic", "smollm2-135m", "--lengths", "8", "--rounds", 1, "--n_decode", 0, "--out_dir", tmp_path)
     assert "router 0.3" in got.stdout
 
