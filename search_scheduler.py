@@ -9,7 +9,8 @@
 
 Fitness is KL(dense || routed) of the next token on the responses of calibration samples: the prompt is routed, the
 response decoded dense. Candidates run with real skipping; blocks that two candidates have in common at their start
-run once. A part of the data that no candidate is chosen by is watched, and decides which generation's best is kept.
+run once. A part of the data that no candidate is chosen by is watched, and decides which generation's best is kept, or the uniform schedule
+where that is better than all of them.
 """
 import random
 import time
@@ -319,7 +320,10 @@ def main():
         units = best["units"]
     else:
         units = {"uniform": uniform, "bi": by_bi, "late": late(L, total, top)}[args.method]
-    base = watch.items(uniform)
+    base, found = watch.items(uniform), watch.items(units)
+    if args.method == "ga" and found.mean() > base.mean():
+        print(f"watched KL of the schedule found {found.mean():.4f}, of the uniform one {base.mean():.4f}: the uniform one is kept")
+        units = uniform
     watch.known.pop(tuple(units), None)  # run it once more, so that model.stats are its own
     kl = watch.items(units)
     share_stats(model)
@@ -332,7 +336,7 @@ def main():
     s = fitness.schedule(units)
     s.meta = {**config, "method": args.method, "sparsity": args.sparsity, "block_influence": bi, "history": history, "work": cost,
               "kv": args.kv, "flops_saved": model.stats.saved("prefill"), "kl_fit": fitness(units),
-              "kl_watch": float(kl.mean()), "kl_watch_uniform": float(base.mean())}
+              "kl_watch": float(kl.mean()), "kl_watch_found": float(found.mean()), "kl_watch_uniform": float(base.mean())}
     if rank() == 0:
         s.save(f"{out}/schedule.json")
     print("  ".join(f"{l}:{v:.2f}" for l, v in enumerate(s.sparsity)))

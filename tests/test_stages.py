@@ -116,6 +116,26 @@ def test_search_resumes_to_the_same_result(made, workshop, tmp_path):
     assert other.returncode == 2 and "--resume" in other.stderr
 
 
+def test_the_uniform_schedule_wins_where_it_is_better(workshop, tmp_path, monkeypatch, capsys):
+    """A search that overfits its samples does no harm: the watched ones have the last word. Of three outcomes at least one is worse than uniform."""
+    import search_scheduler
+    a, b = common(workshop, tmp_path)
+    monkeypatch.setattr(sys, "argv", ["search_scheduler.py", *map(str, [*a, *b]), "--nsamples", "2", "--nwatch", "4"])
+    threads, got = torch.get_num_threads(), {}
+    for steep in (9, -9, 0):     # the budget in the last blocks, in the first ones, spread evenly
+        found = allocate([(l + 1.0) ** steep for l in range(6)], 1800, 990, random.Random(0))
+        monkeypatch.setattr(search_scheduler, "evolve", lambda *a: ({"units": found}, []))
+        search_scheduler.main()
+        s = Schedule.load(tmp_path / "schedule.json")
+        got[steep] = s.meta["kl_watch_found"]
+        assert s.meta["kl_watch"] == min(s.meta["kl_watch_found"], s.meta["kl_watch_uniform"])
+        better = s.meta["kl_watch_found"] <= s.meta["kl_watch_uniform"]
+        assert [round(v * GRAIN) for v in s.sparsity] == found if better else max(s.sparsity) - min(s.sparsity[1:]) < 0.01
+        assert ("uniform one is kept" in capsys.readouterr().out) == (not better)
+    torch.set_num_threads(threads)
+    assert max(got.values()) > got[0]     # at least one of them had to give way
+
+
 def test_training_resumes_to_the_same_result(made, workshop, tmp_path, monkeypatch):
     import train_router
     argv = ["train_router.py", *map(str, [*common(workshop, tmp_path)[0], *common(workshop, tmp_path)[1]]), "--schedule", str(made / "schedule.json"),
