@@ -7,7 +7,7 @@
 The base: schedule of the genetic search (K/V dropped), a global router on the four factors, trained with the symmetric sparsity loss, a guide that
 decays by half of the steps, scores of the last 16 queries, quotas, causal protocol, no stage 3. A cell changes one thing and is trained and
 measured like the base; the stages that it has in common with others run once, and where the guide can't differ it takes the base's. Each figure is
-the mean over seeds +- standard deviation; the KL over the base's is paired by held-out sample, +- the standard error over these.
+the mean over seeds +- standard deviation; so is the KL over the base's of the same seed, of one seed alone +- the standard error over held-out samples.
 """
 import shlex
 import statistics
@@ -122,21 +122,24 @@ def figures(folder):
 
 def write(out_dir, done, settings):
     """ablations.json and ablations.md from the cells evaluated so far {(axis, variant): {seed: folder}}; returns the table as lines."""
-    rows, items = [], {}
+    rows, items, over_text = [], {}, []
     for (axis, variant), folders in done.items():
         each = {seed: figures(f) for seed, f in folders.items()}
-        items[axis, variant] = {(seed, i): v for seed, e in each.items() for i, v in enumerate(e.pop("KL items"))}
+        items[axis, variant] = {seed: e.pop("KL items") for seed, e in each.items()}
         names = dict.fromkeys(k for e in each.values() for k in e)
         rows.append({"axis": axis, "variant": variant, "each": each, "over_seeds": {k: spread([e.get(k) for e in each.values()]) for k in names}})
-        base, mine = items.get(("base", ""), {}), items[axis, variant]  # the base comes first, or failed
-        both = [k for k in mine if k in base]
-        rows[-1]["KL over the base's"] = "{:+.4f} ± {:.4f}".format(*paired([mine[k] for k in both], [base[k] for k in both])) if both else "-"
-    save_json(Path(out_dir) / "ablations.json", {"format": "ftp-ablations-1", "settings": settings, "rows": rows})
+        base = items.get(("base", ""), {})  # comes first, or failed
+        more = {seed: paired(kl, base[seed]) for seed, kl in items[axis, variant].items() if seed in base}
+        over = spread([m for m, _ in more.values()])
+        rows[-1]["KL over the base's"] = over | {"each": {seed: {"mean": m, "se": e} for seed, (m, e) in more.items()}}
+        noise = over["std"] if len(more) > 1 else sum(e for _, e in more.values())
+        over_text.append(f"{over['mean']:+.4f} ± {noise:.4f}" if more else "-")
     columns = list(dict.fromkeys(k for r in rows for k, s in r["over_seeds"].items() if s["n"]))
     lines = ["| " + " | ".join(("what changes", "to", *columns, "KL over the base's, paired", "seeds")) + " |", "| --- " * (len(columns) + 4) + "|"]
     lines += ["| " + " | ".join((r["axis"], r["variant"], *(shown(r["over_seeds"][k]) for k in columns),
-                                 r["KL over the base's"], str(len(r["each"])))) + " |" for r in rows]
+                                 text, str(len(r["each"])))) + " |" for r, text in zip(rows, over_text)]
     (Path(out_dir) / "ablations.md").write_text("\n".join(lines) + "\n")
+    save_json(Path(out_dir) / "ablations.json", {"format": "ftp-ablations-1", "settings": settings, "rows": rows})
     return lines
 
 

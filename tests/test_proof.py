@@ -289,6 +289,18 @@ def test_ablations(workshop, tmp_path, capsys):
     assert code == 2 and "1 stages failed" in err and "--schedule" in err and "base" in out
 
 
+def test_ablation_spread(tmp_path, monkeypatch):
+    """The KL over the base's: of one seed with the error over samples, of several with the deviation over seeds, each against its own base."""
+    sys.path.insert(0, str(ROOT / "analysis"))
+    import ablations
+    monkeypatch.setattr(ablations, "figures", lambda kl: {"KL": sum(kl) / len(kl), "KL items": kl})
+    done = {("base", ""): {0: [1.0, 2.0], 1: [3.0, 5.0]}, ("a", "x"): {0: [2.0, 3.0], 1: [3.0, 6.0]}, ("a", "y"): {1: [4.0, 5.0]}, ("a", "z"): {2: [1.0]}}
+    lines = ablations.write(tmp_path, done, {})
+    assert [s.split("|")[-3].strip() for s in lines[2:]] == ["+0.0000 ± 0.0000", "+0.7500 ± 0.3536", "+0.5000 ± 0.5000", "-"]
+    rows = json.loads((tmp_path / "ablations.json").read_text())["rows"]
+    assert rows[1]["KL over the base's"]["each"]["1"] == {"mean": 0.5, "se": 0.5}
+
+
 def test_ablation_table(tmp_path):
     sys.path.insert(0, str(ROOT / "analysis"))
     import ablations
