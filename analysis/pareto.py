@@ -102,7 +102,7 @@ def main():
             wide = y == "kl" or y == "ppl" and max(q[y]["mean"] for q in points) > 3
             a.set(xlabel=across[x], ylabel=QUALITY[y], yscale="log" if wide else "linear")
             a.grid(alpha=0.3)
-    axes[0][0].legend(fontsize=7)
+    fig.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3 * len(across), fontsize=8)
     save_json(f"{args.out_dir}/pareto.json", {"format": "ftp-pareto-1", "settings": vars(args), "axes": across, "points": points})
     fig.savefig(f"{args.out_dir}/pareto.png", dpi=120)
     for q in points:
