@@ -286,7 +286,8 @@ def main():
     router = Router.load(args.router) if args.router else None
     peers = load_peers(args)
     check(router is None or schedule, "--router: it needs the --schedule it was trained with")
-    model, config = start(args, (lambda dtype, device: synthetic(args.synthetic, dtype, device)) if args.synthetic else None)
+    model, config = start(args, (lambda dtype, device: synthetic(args.synthetic, dtype, device)) if args.synthetic else None,
+                          pack=not args.compile)
     if args.compile:
         model.compile()
     device, n = model.device, model.config.n_layer

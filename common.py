@@ -105,7 +105,7 @@ def peer_model(folder, model):
     made = load_json(Path(folder) / "pruned.json", "ftp-pruned-1", "--peer")
     check_fingerprint(made.get("fingerprint"), model.fingerprint, f"--peer: {folder}")
     pruned.base = model.config
-    return pruned
+    return pruned.pack() if model.some else pruned
 
 
 def peer_id(folder, schedule, router, routing):
@@ -318,8 +318,9 @@ def keep_freed_memory():
         pass
 
 
-def start(args, build=None):
-    """Seeds, threads, banner, and the model: loaded from args.model, or build(dtype, device). Returns it with the config to store."""
+def start(args, build=None, pack=True):
+    """Seeds, threads, banner, and the model: loaded from args.model, or build(dtype, device); with pack as inference on CPUs has it, see
+    FTPModel.pack(). Returns it with the config to store."""
     go_on[:] = ["--resume"] if hasattr(args, "resume") else []
     try:
         device = torch.device(args.device)
@@ -343,6 +344,8 @@ def start(args, build=None):
     info = versions(device, dtype, why)
     print(" ".join(f"{k}={v}" for k, v in vars(args).items()), flush=True)
     model = build(dtype, device) if build else FTPModel.from_pretrained(args.model, dtype, device, args.device_map)
+    if pack:
+        model.pack()
     return model, {**info, "settings": vars(args), "model": model.name, "fingerprint": model.fingerprint}
 
 

@@ -138,7 +138,7 @@ def main():
     out = Path(args.out_dir)
     check(not out.exists(), f"--out_dir {out}: exists already; give a new folder")
     schedule, router = Schedule.load(args.schedule), args.router if args.router == "static" else Router.load(args.router)
-    model, _ = start(args)
+    model, _ = start(args, pack=False)
     routing = routing_of(args, isinstance(router, Router)) | {"decode": args.decode}
     model.use(schedule, router, **routing)  # refuses what does not belong together
     readme, source, part = card(model, schedule, router, routing["forecaster"], routing, args), find_model(args.model), out.with_name(out.name + ".part")

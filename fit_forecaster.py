@@ -209,7 +209,7 @@ def main():
     p.add_argument("--nwatch", type=int, default=24, help="samples that choose the best step")
     p.add_argument("--max_response", type=int, default=64, help="their response tokens")
     args = p.parse_args()
-    model, config = start(args)
+    model, config = start(args, pack=False)
     check(args.only_kv or 0 <= args.rank <= model.config.hidden_size, f"--rank {args.rank}: must lie between 0 and {model.config.hidden_size}")
     for flag in ("only_kv", "tune"):
         check(args.schedule or not getattr(args, flag), f"--{flag}: needs the blocks that skip; give --schedule")

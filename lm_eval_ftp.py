@@ -50,7 +50,7 @@ class FTPLM(TemplateLM):
         self._device = torch.device("cpu") if device.type == "cuda" and not torch.cuda.is_available() else device
         check(dtype == "auto" or isinstance(getattr(torch, dtype, None), torch.dtype), f"dtype={dtype}: unknown; give auto, float32 or bfloat16")
         dtype, why = pick_dtype(dtype, self._device)
-        self.model = FTPModel.from_pretrained(pretrained, dtype, self._device)
+        self.model = FTPModel.from_pretrained(pretrained, dtype, self._device).pack()
         check(router == "static" or schedule is not None, f"router={router}: it needs the schedule it was trained with; give schedule=")
         router = Router.load(router) if router not in ("static", "random", "attention") else router
         self.model.use(schedule, router, prefill=prefill, decode=decode, kv=kv, one_pass=one_pass, score=score, forecaster=forecaster, seed=seed,

@@ -243,6 +243,28 @@ def rotate(x, rope):
     return torch.addcmul(x * cos[:, None], torch.cat((b, a), -1), sin[:, None])
 
 
+class Linear(nn.Linear):
+    """nn.Linear of which parts may be asked for, and whose weight may be packed, see FTPModel.pack()."""
+    packed: dict | None = None                        # (first, last): weight of these outputs as the CPU's kernels read it
+
+    def forward(self, x, first=0, last=None):
+        """x (N, in) -> outputs first..last, (N, last - first). FTPError where a packed weight would have to give gradients."""
+        bias = None if self.bias is None else self.bias[first:last]
+        if self.packed is None:
+            return F.linear(x, self.weight[first:last], bias)
+        if x.requires_grad:
+            raise FTPError("a packed model gives no gradients; train one on which pack() was not called")
+        if (first, last) not in self.packed:
+            self.packed[first, last] = torch.ops.mkldnn._reorder_linear_weight(self.packed[0, None].to_dense()[first:last])
+        return torch.ops.mkldnn._linear_pointwise(x, self.packed[first, last], bias, "none", [], "")
+
+    def pack(self, keep):
+        """Pack the weight; keep: whether it is needed plain as well."""
+        self.packed = {(0, None): torch.ops.mkldnn._reorder_linear_weight(self.weight.detach())}
+        if not keep:
+            self.weight = nn.Parameter(self.weight.new_empty(0), False)
+
+
 class Block(nn.Module):
     """One decoder layer with a router at its door.
 
@@ -259,19 +281,18 @@ class Block(nn.Module):
         self.l, self.c, self.rotary = l, c, l not in c.nope
         d, D = c.hidden_size, c.head_dim
         self.norm1 = nn.RMSNorm(d, c.rms_eps)
-        self.qkv = nn.Linear(d, (c.n_head + 2 * c.n_kv_head) * D, c.qkv_bias)   # rows: all queries, all keys, all values
+        self.qkv = Linear(d, (c.n_head + 2 * c.n_kv_head) * D, c.qkv_bias)   # rows: all queries, all keys, all values
         self.q_norm, self.k_norm = (nn.RMSNorm(D, c.rms_eps) if c.qk_norm else None for _ in "qk")
-        self.o = nn.Linear(c.n_head * D, d, False)
+        self.o = Linear(c.n_head * D, d, False)
         self.norm2 = nn.RMSNorm(d, c.rms_eps)
-        self.gate = nn.Linear(d, c.intermediate_size, False)                    # one product with up measured slower on CPUs
-        self.up = nn.Linear(d, c.intermediate_size, False)
-        self.down = nn.Linear(c.intermediate_size, d, False)
-        self.shortcut1, self.shortcut2 = (nn.Linear(d, d, False) if c.shortcut else nn.Identity() for _ in range(2))
+        self.gate = Linear(d, c.intermediate_size, False)                    # one product with up measured slower on CPUs
+        self.up = Linear(d, c.intermediate_size, False)
+        self.down = Linear(c.intermediate_size, d, False)
+        self.shortcut1, self.shortcut2 = (Linear(d, d, False) if c.shortcut else nn.Identity() for _ in range(2))
 
     def project(self, a, first=0, last=None):
         """Heads first..last (of n_head queries + n_kv_head keys + n_kv_head values) of normalised states a (N, d) -> (N, heads * head_dim)."""
-        rows, bias = slice(first * self.c.head_dim, None if last is None else last * self.c.head_dim), self.qkv.bias
-        return F.linear(a, self.qkv.weight[rows], None if bias is None else bias[rows])
+        return self.qkv(a, first * self.c.head_dim, None if last is None else last * self.c.head_dim)
 
     def turn(self, t, rope, first=0):
         """Projections t (N, heads * head_dim), heads from `first` on, as attention takes them: queries and keys normalised (Qwen3) and
@@ -366,25 +387,22 @@ class Block(nn.Module):
         """New tokens over the cache, where their own keys already are -> att (M, H * D), Pass with their own scores."""
         l, dev, K, V, lens = self.l, q.device, p.cache.k[self.l], p.cache.v[self.l], p.cache.len[self.l, p.slots]
         rows = p.every if keep.rows is None else keep.rows
-        if max(p.n) == 1 and len(q) == len(lens) and even(p.slots, lens):
-            first, C = int(p.slots[0]), int(lens[0])       # decode, and every query sees all keys of its row: no mask, no copies
-            k, v = (t[first:first + len(lens), :, :C] for t in (K, V))
+        if max(p.n) == 1:  # decode; a key head's queries are rows of one product, so that its keys are read once and never copied
+            if len(q) == len(lens) and even(p.slots, lens):        # all rows compute, and each sees all its keys
+                first, C, mine, mask = int(p.slots[0]), int(lens[0]), slice(None), None
+                k, v, newest = K[first:first + len(lens), :, :C], V[first:first + len(lens), :, :C], torch.full_like(rows, C - 1)
+            else:                                                  # every cache row in one product; idle rows are dropped
+                mine, last = (torch.from_numpy(t).to(dev)[rows] for t in (p.slots, past))
+                C, newest = int(p.cache.len[l].max()), last.new_zeros(p.cache.rows).index_copy(0, mine, last)
+                if len(rows) == 1:
+                    K, V, newest, mine = (*(t[int(mine):int(mine) + 1] for t in (K, V)), last, mine * 0)
+                k, v, mask = K[:, :, :C], V[:, :, :C], torch.arange(C, device=dev) <= newest[:, None, None, None]
+                q = q.new_zeros(len(newest), *q.shape[1:]).index_copy(0, mine, q)
+            att = F.scaled_dot_product_attention(q.unflatten(1, (self.c.n_kv_head, -1)), k, v, mask).flatten(1)
             if score is not None:
-                probs = attention_probs(q[:, None], k.transpose(1, 2)).mean(1)
-                p = p.with_own(rows, *own_score(probs, torch.full_like(rows, C - 1)[:, None]))
-            return F.scaled_dot_product_attention(q[:, :, None], k, v, enable_gqa=True).flatten(1), p
-        if max(p.n) == 1:  # decode: every cache row in one product, so that no keys are copied; idle rows are dropped
-            slots, last = (torch.from_numpy(t).to(dev)[rows] for t in (p.slots, past))
-            C, every = int(p.cache.len[l].max()), last.new_zeros(p.cache.rows).index_copy(0, slots, last)
-            if len(rows) == 1:
-                K, V, every, slots = (*(t[int(slots):int(slots) + 1] for t in (K, V)), last, slots * 0)
-            qs = q.new_zeros(len(every), *q.shape[1:]).index_copy(0, slots, q).unflatten(1, (self.c.n_kv_head, -1))
-            w = (qs @ K[:, :, :C].transpose(2, 3)).float() * self.c.head_dim ** -0.5       # (rows, Hkv, g, C)
-            w = w.masked_fill(torch.arange(C, device=dev) > every[:, None, None, None], -torch.inf).softmax(-1)
-            att = (w.to(q.dtype) @ V[:, :, :C]).flatten(1)[slots]
-            if score is not None:
-                p = p.with_own(rows, *own_score(w.mean((1, 2))[slots][:, None], last[:, None]))
-            return att, p
+                own = own_score(attention_probs(q[:, None], k.transpose(1, 2), newest[:, None]).mean(1), newest[:, None])
+                p = p.with_own(rows, *(t[mine] for t in own))
+            return att[mine], p
         out, i = [], 0
         for b, n in enumerate(keep.counts.tolist()):  # several new tokens: teacher-forced scoring
             if n:
@@ -526,10 +544,11 @@ class FTPModel(nn.Module):
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
         self.blocks = nn.ModuleList(Block(config.block(l), l) for l in range(config.n_layer))
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_eps)
-        self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.head = Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tied:
             self.head.weight = self.embed.weight
         self._rope = None
+        self.some = None                              # first_values() from before pack()
         self.use()
 
     # -- loading
@@ -617,11 +636,28 @@ class FTPModel(nn.Module):
         return {"config": hashlib.sha256(json.dumps(c, sort_keys=True).encode()).hexdigest()[:16],
                 "norm": [round(v, 5) for v in self.norm.weight[:8].float().tolist()]}
 
+    def first_values(self):
+        """Eight values of each tensor, lists of floats: what a tuned model is known by."""
+        return self.some or [p.flatten()[:8].bfloat16().tolist() for p in self.parameters()]
+
+    def pack(self):
+        """On CPUs: bring the weights once into the layout that the kernels read (oneDNN's), into which every product otherwise brings them anew, and
+        drop the plain ones. For inference only: a packed model has no gradients, can't be compiled, and stays on its device. A dtype or device
+        without such kernels is left as it is. Returns self."""
+        if self.dtype == torch.float32 or self.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            self.some = self.first_values()
+            for m in self.modules():
+                if isinstance(m, Linear) and m.packed is None and m.weight.device.type == "cpu" and torch.backends.mkldnn.is_available():
+                    m.pack(keep=m.weight is self.embed.weight)
+        return self
+
     def compile(self, backend="inductor"):
         """torch.compile what a block computes around its attention: projections with rotary, and output projection with norm and MLP. Each is
         whole (a graph break would be an error), is shared by all blocks, and serves any number of rows, so that quotas and lengths may change. The
         attention is a fused kernel anyway; what the host decides - which rows, where in the cache - stays outside. Returns self. FTPError on a
         CPU without a C++ compiler."""
+        if self.some:
+            raise FTPError("--compile: the model is packed; compile one on which pack() was not called")
         if backend == "inductor" and self.device.type == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
             raise FTPError("--compile: no C++ compiler found; install g++ or set CXX, or leave --compile out")
         torch._dynamo.config.recompile_limit = 32  # all heads, K/V or Q alone; one row or several; rotary or not: more cases than torch's 8

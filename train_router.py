@@ -237,7 +237,7 @@ def main():
     check(args.decode_share == 0 or world() == 1, "--decode_share: its thresholds are quantiles over a whole step, so it trains in one process only")
     schedule = Schedule.load(args.schedule)
     taken = None if args.guide in ("search", "static") else Order.of_router(args.guide)
-    model, config = start(args)
+    model, config = start(args, pack=False)
     tokenizer, out = load_tokenizer(args.model), Path(args.out_dir)
     kw = dict(max_prompt=args.max_prompt, max_response=args.max_response, seed=args.seed)
     samples = load_samples(args.data, model, tokenizer, "train", args.nsamples, **kw)

@@ -365,7 +365,7 @@ def main():
     methods = args.methods.split(",")
     check(set(methods) <= set(METHODS), f"--methods {args.methods}: of {', '.join(METHODS)}")
     check(args.nsamples > 0, f"--nsamples {args.nsamples}: must be at least 1")
-    model, config = start(args)
+    model, config = start(args, pack=False)
     source, out = find_model(args.model), Path(args.out_dir)
     samples = load_samples(args.data, model, load_tokenizer(args.model), "train", args.nsamples, max_prompt=args.max_prompt,
                            max_response=args.max_response, seed=args.seed)
