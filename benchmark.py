@@ -184,12 +184,13 @@ def random_prompts(sizes, vocab):
     return [torch.randint(3, vocab, (n,), generator=g).tolist() for n in sizes]
 
 
-def measure(variants, sizes, n_decode, rounds, vocab, device):
-    """Times of every variant in turns, for one batch of prompts of these sizes: {name: {"prefill": [s], "decode": [s per token], "peak": MB,
+def measure(variants, sizes, n_decode, rounds, vocab, device, vary=False):
+    """Times of every variant in turns, for one batch of prompts of these sizes (vary: one token less in each round):
+    {name: {"prefill": [s], "decode": [s per token], "peak": MB,
     "kv": bytes, "sparsity": ...}}."""
-    ids = random_prompts(sizes, vocab)
     got = {name: {"prefill": [], "decode": []} for name in variants}
     for turn in range(rounds + 1):  # the first is the warm-up; every other round backwards, so that no variant always follows the same one
+        ids = random_prompts([n - turn * vary for n in sizes], vocab)
         for name, v in list(variants.items())[::1 - 2 * (turn % 2)]:
             v.ready()
             reset_peak(device)
@@ -253,6 +254,8 @@ def main():
     p.add_argument("--lengths", default="256,1024,2048", help="prompt lengths, tokens")
     p.add_argument("--batch_sizes", default="1", help="batch sizes")
     p.add_argument("--ragged", action="store_true", help="prompts of a batch of B have T/B, 2T/B, ... T tokens; ours are packed, transformers pads them")
+    p.add_argument("--vary", action="store_true", help="each round's prompts are a token shorter than the last's: a CPU's kernels are made anew for "
+                                                       "each number of rows, and in use lengths seldom repeat")
     p.add_argument("--n_decode", type=int, default=16, help="tokens decoded after each prefill, 0: prefill only")
     p.add_argument("--rounds", type=int, default=7, help="timed rounds after the warm-up")
     p.add_argument("--untrained", action="store_true", help="beside each --sparsity also a router of random weights (always with --synthetic)")
@@ -279,6 +282,8 @@ def main():
     check(min(lengths) > 1 and min(batch_sizes) > 0 and args.rounds > 0 and args.n_decode >= 0,
           "--lengths must exceed 1, --batch_sizes and --rounds be at least 1, --n_decode at least 0")
     check(not args.ragged or 2 * max(batch_sizes) <= min(lengths), "--ragged: the shortest prompt would have one token; give longer --lengths")
+    check(not args.vary or min(lengths) // (max(batch_sizes) if args.ragged else 1) > args.rounds + 1,
+          "--vary: the shortest prompt would be used up; give longer --lengths or fewer --rounds")
     check(not args.device_map, "--device_map: the clock and the memory counter here read one device; leave it out")
     if args.memory:
         return print_memory(lengths, batch_sizes, sparsities, pick_dtype(args.dtype, args.device)[0], args.kv)
@@ -315,7 +320,7 @@ def main():
     rows = []
     for B in batch_sizes:
         for T in lengths:
-            got = measure(variants, sizes(B, T), args.n_decode, args.rounds, model.config.vocab_size, device)
+            got = measure(variants, sizes(B, T), args.n_decode, args.rounds, model.config.vocab_size, device, args.vary)
             for name, g in got.items():
                 for phase, bound in zip(("prefill", "decode"), g["bounds"]):
                     if not g[phase]:

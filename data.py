@@ -93,7 +93,8 @@ def render(tokenizer, instruction, context=""):
 def written(model, name, prompts, row, max_new_tokens, temperature, seed=0, batch_size=32):
     """What `model` writes after each prompt (token ids), as the rows that row(i, new token ids) makes: cached by model, weights, name and
     seed, made in resumable batches."""
-    path = HOME / "self" / f"{Path(model.name).resolve().name}-{digest([model.fingerprint['config'], model.first_values()])}-{name}seed{seed}-{max_new_tokens}.jsonl"
+    who = f"{Path(model.name).resolve().name}-{digest([model.fingerprint['config'], model.first_values()])}"  # a tuned model writes anew
+    path = HOME / "self" / f"{who}-{name}seed{seed}-{max_new_tokens}.jsonl"
     if rank() == 0 and not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(".part")

@@ -97,14 +97,15 @@ class Pass:
 
     x (N, d); counts, set_counts, slots: host arrays. Of the n[b] tokens of sequence b the first n_set[b] are a prompt, routed together as a set; the others
     are decoded tokens, each routed by itself from what exists at its time (method section 6). score and rank (N,) are
-    the router's factors 2 and 3. A Pass is replaced, never written to: keeping one keeps the state before a block.
+    the router's factors 2 and 3. A Pass is replaced, never written to: keeping one keeps the state before a block. But with `alone`, that is where
+    nobody keeps one, rows are scattered in place.
     """
     rope: torch.Tensor  # (2, N, head_dim), see rotate(); set by FTPModel.begin()
 
     def __init__(self, x, n, n_set, cache, slots, own_scores):
         dev = x.device
         self.full, self.held, self.n, self.n_set, self.cache, self.slots = x, None, n, n_set, cache, slots
-        self.own_scores = own_scores                  # whether decoded tokens need a score of their own
+        self.own_scores, self.alone = own_scores, False   # own_scores: whether decoded tokens need a score of their own
         self.counts, self.set_counts = np.array(n), np.array(n_set)
         self.start = [0, *accumulate(n)][:-1]
         past = np.zeros_like(self.counts) if cache is None else cache.seen[slots]
@@ -135,7 +136,7 @@ class Pass:
         """Hidden states (N, d); rows held back by a block whose keep set the next one may share are put in place."""
         if self.held is not None:
             (rows, h), self.held = self.held, None
-            self.full = self.full.index_copy(0, rows, h)
+            self.full = (self.full.index_copy_ if self.alone else self.full.index_copy)(0, rows, h[:len(rows)])
         return self.full
 
     def next(self, **changed):
@@ -161,11 +162,14 @@ class Pass:
 
 class Keep:
     """Tokens that compute a block: rows (M,) ascending, or None for all; counts (B,) of them in each sequence, set_counts
-    of these in its prompt, host arrays; mask (N,) the rows as booleans; gate (N,) the same with a straight-through gradient;
-    rope their rotary tables."""
+    of these in its prompt, host arrays; mask (N,) the rows as booleans; gate (N,) the same with a straight-through gradient; take the rows that a
+    block gathers, on CPUs with the last repeated up to a multiple of 8: their kernels are made anew for each number of rows, which costs a prompt
+    of a length not met before a fifth of its time; rope the rotary tables of these."""
     def __init__(self, p, rows, counts, set_counts, mask=None, gate=None):
         self.rows, self.counts, self.set_counts, self.mask, self.gate = rows, counts, set_counts, mask, gate
-        self.rope = p.rope if rows is None else p.rope.index_select(1, rows)
+        pad = -len(rows) % 8 if rows is not None and rows.device.type == "cpu" and len(rows) > 64 else 0
+        self.take = torch.cat((rows, rows[-1:].expand(pad))) if pad else rows
+        self.rope = p.rope if rows is None else p.rope.index_select(1, self.take)
 
     def decoded(self, p):
         """Those of them that are decoded tokens of the Pass."""
@@ -245,6 +249,7 @@ def rotate(x, rope):
 
 class Linear(nn.Linear):
     """nn.Linear of which parts may be asked for, and whose weight may be packed, see FTPModel.pack()."""
+    weight: nn.Parameter
     packed: dict | None = None                        # (first, last): weight of these outputs as the CPU's kernels read it
 
     def forward(self, x, first=0, last=None):
@@ -321,14 +326,14 @@ class Block(nn.Module):
         kv "drop" or "keep": whether skipped tokens offer a key and value. score: W or "mean" to refresh the
         score table, None when no later decision reads it. part: "attention" or "mlp" runs this sub-block alone.
         """
-        rows, at, stored, H, update, more = keep.rows, None, keep.counts, self.c.n_head, None, None
+        rows, take, at, stored, H, update, more = keep.rows, keep.take, None, keep.counts, self.c.n_head, None, None
         if p.forecast is None and (kv == "drop" or rows is None):
             if not keep.counts.any():
                 return p
-            h = p.x if rows is None else p.held[1] if p.held is not None and p.held[0] is rows else p.x.index_select(0, rows)
+            h = p.x if rows is None else p.held[1] if p.held is not None and p.held[0] is rows else p.x.index_select(0, take)
         else:
             x = p.x
-            h = x if rows is None else x.index_select(0, rows)
+            h = x if rows is None else x.index_select(0, take)
         if p.forecast is not None:
             update, more = p.forecast
             p = p.next(forecast=None, x=x + update if update.shape[1] else x)
@@ -338,16 +343,16 @@ class Block(nn.Module):
         if kv == "keep" and rows is not None:
             if update is not None and not update.shape[1]:     # the forecast is the skipped tokens' keys and values themselves
                 q, own = self.project(self.norm1(h)).split([H * self.c.head_dim, more.shape[1]], 1)
-                more = more.index_copy(0, rows, own)
+                more = more.index_copy(0, rows, own[:len(rows)])
             else:
                 a = self.norm1(x)
-                q, own = self.project(a[rows], 0, H), self.project(a, H)
+                q, own = self.project(a[take], 0, H), self.project(a, H)
                 more = own if more is None else own + more * ~keep.mask[:, None]
             (q, _), (k, v) = self.turn(q, keep.rope), self.turn(more, p.rope, H)
-            at, stored = p.local[rows], p.counts
+            q, at, stored = q[:len(rows)], p.local[rows], p.counts
         else:
             qk, v = self.turn(self.project(self.norm1(h)), keep.rope)
-            q, k = qk[:, :H], qk[:, H:]
+            q, k, v = (t if rows is None else t[:len(rows)] for t in (qk[:, :H], qk[:, H:], v))
         if p.cache is not None:
             past = p.cache.len[self.l, p.slots]
             p.cache.append(self.l, p.slots, stored, k, v)
@@ -360,7 +365,7 @@ class Block(nn.Module):
             if score is not None:
                 with routing_span():
                     p = self.observe(p, keep, q, k, stored, at, score)
-        h = self.rest(h, att, part)
+        h = self.rest(h, att if len(att) == len(h) else F.pad(att, (0, 0, 0, len(h) - len(att))), part)
         return p.next(x=h) if rows is None else p.next(held=(rows, h))
 
     def attend(self, keep, q, k, v, stored, at):
@@ -922,7 +927,7 @@ class FTPModel(nn.Module):
     def through(self, p, masked=False):
         """Run all blocks: Pass -> Pass. FTPError naming the first block whose output is NaN or infinite: a sum of the last states tells
         that there is one, and only then the pass is run again to find it."""
-        q, mark = p, p.cache.mark() if p.cache is not None else None
+        q, mark = p.next(x=p.x.clone(), alone=True), p.cache.mark() if p.cache is not None else None
         for l in range(self.config.n_layer):
             q = self.step(l, q, masked)
         if q.x.sum(dtype=torch.float32).isfinite():

@@ -350,13 +350,15 @@ def test_benchmark_of_ragged_batches(workshop, tmp_path):
     ids = [[5, 6, 7], list(range(10, 30)), [40]]
     for got, want in ((ours.prefill(ids), theirs.prefill(ids)), *((ours.decode(t), theirs.decode(t)) for t in ([8, 9, 10], [11, 12, 13]))):
         assert (got - want).abs().max() < 1e-4 * want.abs().max()
-    call("benchmark.py", "--model", workshop[0], "--out_dir", tmp_path, "--lengths", 64, "--batch_sizes", 4, "--ragged", "--rounds", 1, "--n_decode", 2)
+    call("benchmark.py", "--model", workshop[0], "--out_dir", tmp_path, "--lengths", 64, "--batch_sizes", 4, "--ragged", "--rounds", 1, "--n_decode", 2,
+         "--vary")
     rows = {(r["name"], r["phase"]): r for r in json.loads((tmp_path / "bench.json").read_text())["rows"]}
     assert all(r["prompt_lens"] == [16, 32, 48, 64] for r in rows.values())
     assert rows["dense", "prefill"]["tokens_per_s"] * rows["dense", "prefill"]["median_ms"] == pytest.approx(160e3)
     assert rows["transformers", "prefill"]["kv_bytes"] == pytest.approx(1.6 * rows["dense", "prefill"]["kv_bytes"], rel=0.05)   # 4 * 64 slots for 160 tokens
     assert 1.2 < rows["static 0.3", "prefill"]["flops_bound"] < 1.6
     assert "--ragged" in call("benchmark.py", "--model", workshop[0], "--lengths", 64, "--batch_sizes", 40, "--ragged", ok=False).stderr
+    assert "--vary" in call("benchmark.py", "--model", workshop[0], "--lengths", 8, "--vary", ok=False).stderr
 
 
 def test_analysis(made, workshop, tmp_path):
