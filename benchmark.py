@@ -3,6 +3,7 @@
     python benchmark.py --schedule out/schedule_ft.json --router out/router.safetensors    # -> out/bench.json, a table
     python benchmark.py --lengths 512,1024,2048,4096 --batch_sizes 1,8 --dtype bfloat16 --peers --peer laco=out/baselines/laco_0.30
     python benchmark.py --lengths 1024 --batch_sizes 8 --ragged                            # prompts of 128, 256, ... 1024 tokens in one batch
+    python benchmark.py --lengths 512 --vary                                               # each prompt of a length not met before
     python benchmark.py --synthetic llama2-7b --sparsity 0.30 --device cuda                # random weights of that shape
     python benchmark.py --memory --dtype bfloat16 --lengths 4096 --sparsity 0.30           # what 7B, 13B and 70B models need
     python benchmark.py --synthetic llama2-7b --dtype bfloat16 --save out/llama2-7b        # the same as a sharded checkpoint, 13.5 GB

@@ -1,6 +1,6 @@
 """The routed LLaMA of FTP: before every block a router decides, per token, compute or skip.
 
-    model = FTPModel.from_pretrained("smollm2")            # or a folder, or a hub id
+    model = FTPModel.from_pretrained("smollm2").pack()     # or a folder, or a hub id; pack() for inference on a CPU
     logits = model(input_ids)                              # dense, (B, T) -> (B, T, vocab)
     model.use(schedule="schedule_ft.json", router="router.safetensors")
     model.generate([[1, 9690, 198]], max_new_tokens=64)
@@ -647,8 +647,8 @@ class FTPModel(nn.Module):
 
     def pack(self):
         """On CPUs: bring the weights once into the layout that the kernels read (oneDNN's), into which every product otherwise brings them anew, and
-        drop the plain ones. For inference only: a packed model has no gradients, can't be compiled, and stays on its device. A dtype or device
-        without such kernels is left as it is. Returns self."""
+        drop the plain ones (a tied head keeps them, for the embedding). For inference only: a packed model has no gradients, can't be compiled, and
+        stays on its device. A dtype or device without such kernels is left as it is. Returns self."""
         if self.dtype == torch.float32 or self.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
             self.some = self.first_values()
             for m in self.modules():
