@@ -88,7 +88,7 @@ def solve(xx, xy, yy, held, rank, update=True):
 
 def own_map(block, kv):
     """A block's key and value projections as a map of the state scaled to unit RMS: (d, kv) and (kv,) float64."""
-    a = (block.qkv.weight[-kv:] * block.norm1.weight).T.double().cpu()
+    a = (block.qkv.plain()[-kv:] * block.norm1.weight).T.double().cpu()
     return a, a.new_zeros(kv) if block.qkv.bias is None else block.qkv.bias[-kv:].double().cpu()
 
 

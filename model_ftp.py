@@ -89,6 +89,8 @@ def even(slots, *lists):
     return n == 1 and int(lists[-1][0]) > 0 or bool((slots[1:] - slots[:-1] == 1).all() and all((a == a[0]).all() for a in lists) and lists[-1][0])
 
 
+GRAIN = 8  # a CPU's kernels are made anew for each number of rows; with few different ones, a prompt does not pay for a length not met before
+
 # ------------------------------------------------------------------------------------------------
 # one pass of packed sequences through the blocks
 
@@ -163,11 +165,10 @@ class Pass:
 class Keep:
     """Tokens that compute a block: rows (M,) ascending, or None for all; counts (B,) of them in each sequence, set_counts
     of these in its prompt, host arrays; mask (N,) the rows as booleans; gate (N,) the same with a straight-through gradient; take the rows that a
-    block gathers, on CPUs with the last repeated up to a multiple of 8: their kernels are made anew for each number of rows, which costs a prompt
-    of a length not met before a fifth of its time; rope the rotary tables of these."""
+    block gathers, on CPUs with the last repeated up to a multiple of GRAIN; rope the rotary tables of these."""
     def __init__(self, p, rows, counts, set_counts, mask=None, gate=None):
         self.rows, self.counts, self.set_counts, self.mask, self.gate = rows, counts, set_counts, mask, gate
-        pad = -len(rows) % 8 if rows is not None and rows.device.type == "cpu" and len(rows) > 64 else 0
+        pad = -len(rows) % GRAIN if rows is not None and rows.device.type == "cpu" and len(rows) > 64 else 0
         self.take = torch.cat((rows, rows[-1:].expand(pad))) if pad else rows
         self.rope = p.rope if rows is None else p.rope.index_select(1, self.take)
 
@@ -252,6 +253,10 @@ class Linear(nn.Linear):
     weight: nn.Parameter
     packed: dict | None = None                        # (first, last): weight of these outputs as the CPU's kernels read it
 
+    def plain(self):
+        """The weight (out, in)."""
+        return self.weight if self.packed is None else self.packed[0, None].to_dense()
+
     def forward(self, x, first=0, last=None):
         """x (N, in) -> outputs first..last, (N, last - first). FTPError where a packed weight would have to give gradients."""
         bias = None if self.bias is None else self.bias[first:last]
@@ -260,7 +265,7 @@ class Linear(nn.Linear):
         if x.requires_grad:
             raise FTPError("a packed model gives no gradients; train one on which pack() was not called")
         if (first, last) not in self.packed:
-            self.packed[first, last] = torch.ops.mkldnn._reorder_linear_weight(self.packed[0, None].to_dense()[first:last])
+            self.packed[first, last] = torch.ops.mkldnn._reorder_linear_weight(self.plain()[first:last])
         return torch.ops.mkldnn._linear_pointwise(x, self.packed[first, last], bias, "none", [], "")
 
     def pack(self, keep):
