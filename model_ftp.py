@@ -16,7 +16,7 @@ import os
 import shutil
 from contextlib import nullcontext
 from dataclasses import asdict
-from functools import lru_cache
+from functools import lru_cache, reduce
 from itertools import accumulate, groupby
 from pathlib import Path
 
@@ -127,11 +127,12 @@ class Pass:
         self.ends = self.in_set & ((self.local == 0) | (self.local == self.size - 1))   # always kept
         self.score, self.rank = torch.zeros_like(self.place), torch.zeros_like(self.place)
         self.known = {}                               # what the blocks have in common: position factors, ramps of ranks
+        self.glance = None                            # what the last block left for observed(): its Keep, queries, keys, ...
         self.memory = None                            # hidden layer of a recurrent router
         self.kept = None, None                        # the last decision: of which block or static sparsity, and its Keep
         self.forecast = None                          # what Forecaster gives for the block to come
         self.alive = torch.ones_like(self.in_set)         # tokens that progressive selection has not dropped yet
-        self.trace = []                               # in training: (sparsity, router logits, Pass) a decision
+        self.trace = []                               # in training: (sparsity, router's margins without noise, Pass) a decision
 
     @property
     def x(self):
@@ -155,6 +156,46 @@ class Pass:
             return self
         tensors = {k: v.to(device) for k, v in vars(self.next(x=self.x)).items() if torch.is_tensor(v)}
         return self.next(**tensors, held=None, known={}, kept=(None, None))
+
+    def observed(self):
+        """This Pass with its table of scores refreshed, if the last block left queries q and keys k for it (method section 4): by the attention
+        each stored key of a prompt gets from the prompt's last `window` computed queries ("mean": from all, 64 at a time), and by what each
+        decoded token gives itself. Left to the next decision, as on a CPU small operators cost the most when a block has just displaced their code."""
+        if self.glance is None:
+            return self
+        p, (keep, q, k, stored, at, window) = self, self.glance
+        rows = p.every if keep.rows is None else keep.rows
+        key_rows = rows if at is None else p.every
+        kset = keep.set_counts if at is None else p.set_counts
+        score, rank, known, i, j = p.score, p.rank.clone(), p.known, 0, 0
+        shapes = (t.tolist() for t in (keep.counts, stored, keep.set_counts, kset))
+        for f, b, (c, m, qs, ks, size, n) in runs(*shapes, p.n_set, p.n):
+            qb, kb = q[i:i + b * c].unflatten(0, (b, c)), k[j:j + b * m].unflatten(0, (b, m))
+            last = p.every[:c].expand(b, c) if at is None else at[i:i + b * c].view(b, c)
+            if qs:
+                first = 0 if window == "mean" else max(0, qs - window)
+                same = qs == ks and qs - first <= 64    # the last queries are those of the last keys
+                got = reduce(torch.add, (attention_probs(qb[:, lo:min(lo + 64, qs)], kb[:, :ks], None if same else last[:, lo:min(lo + 64, qs)]).sum((1, 2))
+                                         for lo in range(first, qs, 64)))
+                if same:
+                    if qs - first not in known:
+                        known[qs - first] = 1 / (q.shape[1] * (len(p.every) - p.every).clamp(max=qs - first))
+                    weight = known[qs - first][-ks:]
+                else:
+                    weight = 1 / (q.shape[1] * (qs - torch.searchsorted(last[:, :qs].contiguous(), p.every[:ks].expand(b, ks).contiguous()).clamp(min=first)))
+                seen = key_rows[j:j + b * m] if ks == m else key_rows[j:j + b * m].view(b, m)[:, :ks].flatten()
+                score = score.scatter(0, seen, relative_score(got * weight, ks).flatten())
+                whole = slice(p.start[f], p.start[f] + b * n)  # rank over the prompt, skipped tokens by their older score
+                order = score[whole].view(b, n)[:, :size].sort(dim=1, stable=True).indices
+                if ("ramp", size) not in known:
+                    known["ramp", size] = torch.linspace(0, 1, size, device=q.device)
+                rank[whole].view(b, n)[:, :size].scatter_(1, order, known["ramp", size].expand(b, size))
+            if qs < c and p.own_scores:
+                score = score.clone()
+                own = own_score(attention_probs(qb[:, qs:], kb, last[:, qs:]).mean(1), last[:, qs:])
+                score[rows[i:i + b * c].view(b, c)[:, qs:]], rank[rows[i:i + b * c].view(b, c)[:, qs:]] = own
+            i, j = i + b * c, j + b * m
+        return p.next(score=score, rank=rank, glance=None)
 
     def with_own(self, rows, score, rank):
         """This Pass with the scores and ranks of decoded tokens set."""
@@ -205,12 +246,12 @@ def attention_probs(q, k, last=None):
     """
     (b, Q, H, D), K, kv = q.shape, k.shape[1], k.shape[2]
     q = (q * D ** -0.5).view(b, Q, kv, -1, D).permute(0, 2, 3, 1, 4).reshape(b * kv, -1, D)
-    w = torch.bmm(q, k.transpose(1, 2).reshape(b * kv, K, D).mT).float().view(b, H, Q, K)
+    w = torch.bmm(q, k.transpose(1, 2).reshape(b * kv, K, D).mT).view(b, H, Q, K)
     if last is None:
         w[..., K - Q:].masked_fill_(later(Q, q.device), -torch.inf)
     else:
         w.masked_fill_(torch.arange(K, device=q.device) > last[:, None, :, None], -torch.inf)
-    return w.softmax(-1)
+    return w.softmax(-1, dtype=torch.float32)
 
 
 def by_quota(p, margin, s):
@@ -368,8 +409,7 @@ class Block(nn.Module):
         else:
             att = self.attend(keep, q, k, v, stored, at)
             if score is not None:
-                with routing_span():
-                    p = self.observe(p, keep, q, k, stored, at, score)
+                p = p.next(glance=(keep, q, k, stored, at, score))
         h = self.rest(h, att if len(att) == len(h) else F.pad(att, (0, 0, 0, len(h) - len(att))), part)
         return p.next(x=h) if rows is None else p.next(held=(rows, h))
 
@@ -428,42 +468,6 @@ class Block(nn.Module):
             i += n
         return torch.cat(out), p
 
-    def observe(self, p, keep, q, k, stored, at, window):
-        """Refresh the score table (method section 4): the attention each stored key of a prompt gets from the prompt's last
-        `window` computed queries ("mean": from all, 64 at a time), and what each decoded token gives itself."""
-        dev, rows = q.device, p.every if keep.rows is None else keep.rows
-        key_rows = rows if at is None else p.every
-        kset = keep.set_counts if at is None else p.set_counts
-        score, rank, known, i, j = p.score, p.rank.clone(), p.known, 0, 0
-        shapes = (t.tolist() for t in (keep.counts, stored, keep.set_counts, kset))
-        for f, b, (c, m, qs, ks, size, n) in runs(*shapes, p.n_set, p.n):
-            qb, kb = q[i:i + b * c].unflatten(0, (b, c)), k[j:j + b * m].unflatten(0, (b, m))
-            last = p.every[:c].expand(b, c) if at is None else at[i:i + b * c].view(b, c)
-            if qs:
-                first = 0 if window == "mean" else max(0, qs - window)
-                same = qs == ks and qs - first <= 64    # the last queries are those of the last keys
-                got = sum(attention_probs(qb[:, lo:min(lo + 64, qs)], kb[:, :ks], None if same else last[:, lo:min(lo + 64, qs)]).sum((1, 2))
-                          for lo in range(first, qs, 64)) / q.shape[1]
-                if same:
-                    if qs - first not in known:
-                        known[qs - first] = (len(p.every) - p.every).clamp(max=qs - first)
-                    viewers = known[qs - first][-ks:]
-                else:
-                    viewers = qs - torch.searchsorted(last[:, :qs].contiguous(), p.every[:ks].expand(b, ks).contiguous()).clamp(min=first)
-                seen = key_rows[j:j + b * m] if ks == m else key_rows[j:j + b * m].view(b, m)[:, :ks].flatten()
-                score = score.index_copy(0, seen, relative_score(got / viewers, ks).flatten())
-                whole = slice(p.start[f], p.start[f] + b * n)  # rank over the prompt, skipped tokens by their older score
-                order = score[whole].view(b, n)[:, :size].sort(dim=1, stable=True).indices
-                if ("ramp", size) not in known:
-                    known["ramp", size] = torch.linspace(0, 1, size, device=dev)
-                rank[whole].view(b, n)[:, :size].scatter_(1, order, known["ramp", size].expand(b, size))
-            if qs < c and p.own_scores:
-                score = score.clone()
-                own = own_score(attention_probs(qb[:, qs:], kb, last[:, qs:]).mean(1), last[:, qs:])
-                score[rows[i:i + b * c].view(b, c)[:, qs:]], rank[rows[i:i + b * c].view(b, c)[:, qs:]] = own
-            i, j = i + b * c, j + b * m
-        return p.next(score=score, rank=rank)
-
     def masked(self, p, keep, kv, score, part="both"):
         """The same function on all rows, with 0/1 gates instead of gathers; gates carry straight-through gradients.
 
@@ -496,10 +500,9 @@ class Block(nn.Module):
                 w = w * (gate[i:i + n] * (1 - eye) + eye)
             out.append(((w / w.sum(-1, keepdim=True)).to(x.dtype) @ vs).transpose(0, 1).reshape(n, -1))
         if score is not None and (rows is None or len(rows)):
-            with torch.no_grad():
-                wide = kv == "keep" or rows is None
-                p = self.observe(p, keep, q if rows is None else q[rows], k if wide else k[rows],
-                                 p.counts if wide else keep.counts, p.local[rows] if wide and rows is not None else None, score)
+            wide = kv == "keep" or rows is None
+            q, k = (t.detach() if every else t.detach()[rows] for t, every in ((q, rows is None), (k, wide)))
+            p = p.next(glance=(keep, q, k, p.counts if wide else keep.counts, p.local[rows] if wide and rows is not None else None, score))
         return p.next(x=skipped + gate.to(x.dtype)[:, None] * (self.rest(x, torch.cat(out), part) - skipped))
 
 
@@ -764,20 +767,20 @@ class FTPModel(nn.Module):
         return bool(uses) and any(0 < s < 1 for s in self.schedule.sparsity[l + 1:]) and self.lead[l + 1] > l
 
     def margins(self, l, p, s):
-        """The router's preference for computing block l, (N,) float32, its logits (N, 2) if it is learned, and the Pass."""
+        """The router's preference for computing block l, (N,) float32, and the Pass."""
         if self.router == "random":
-            return torch.rand(len(p.x), generator=self._random).to(p.x.device), None, p
+            return torch.rand(len(p.x), generator=self._random).to(p.x.device), p
         if self.router in ("attention", "progressive"):
-            return p.score.masked_fill(~p.alive, -torch.inf), None, p
+            return p.score.masked_fill(~p.alive, -torch.inf), p
         if not isinstance(self.router, Router):
-            return self.router(p, s), None, p
-        logits, memory = self.router(l, self.router.factors(p, s), p.memory)
-        return logits[:, 0] - logits[:, 1], logits, p.next(memory=memory)
+            return self.router(p, s), p
+        margin, memory = self.router(l, self.router.factors(p, s), p.memory)
+        return margin, p if memory is None else p.next(memory=memory)
 
     def route(self, l, p, noise=None):
         """Decide block l -> Keep, Pass on the block's device. noise: None in inference; in training what is added to the margins, (N,) or 0, and the
         Keep gets gates with gradients."""
-        s, p = self.schedule.sparsity[l] if self.schedule else 0.0, p.to(self.place_of(l))
+        s, p = self.schedule.sparsity[l] if self.schedule else 0.0, p.observed().to(self.place_of(l))
         if s <= 0:
             return Keep(p, None, p.counts, p.set_counts), p
         if s >= 1:
@@ -794,11 +797,10 @@ class FTPModel(nn.Module):
         same = ("static", s, self.decode) if self.router == "static" else self.lead[l]
         if p.kept[0] == same:
             return p.kept[1], p
-        margin = logits = None
+        logit = margin = None
         if self.router != "static" and (p.any_set or by_threshold):
-            margin, logits, p = self.margins(l, p, s)
-            if noise is not None:
-                margin = margin + noise
+            logit, p = self.margins(l, p, s)
+            margin = logit if noise is None else logit + noise
         # decoded tokens, each by itself
         theta, mask = 0.0, None if p.all_set else ~p.in_set
         if by_threshold:
@@ -823,13 +825,13 @@ class FTPModel(nn.Module):
             counts, set_counts = count.long().cpu().numpy()
         else:
             set_counts = np.array([quota(t, s) for t in p.n_set])
-            counts = set_counts + (p.counts - p.set_counts) * compute
+            counts = set_counts if p.all_set else set_counts + (p.counts - p.set_counts) * compute
         gate = None
-        if noise is not None and logits is not None:
+        if noise is not None and isinstance(self.router, Router):
             free = p.in_set & ~p.ends if not by_threshold else ~p.ends
             soft = torch.sigmoid(margin - torch.where(p.in_set, least_kept(p, margin, mask), theta))
             gate = mask + torch.where(free, soft - soft.detach(), 0.0)
-            p.trace.append((s, logits, p))
+            p.trace.append((s, logit, p))
         keep = Keep(p, torch.nonzero_static(mask, size=int(counts.sum()))[:, 0], counts, set_counts, mask, gate)
         return keep, p.next(kept=(same, keep), **{"alive": p.alive & mask} if self.router == "progressive" else {})
 

@@ -116,7 +116,7 @@ class Router(nn.Module):
         return tensors_id(self.state_dict())
 
     def forward(self, l, f, h=None):
-        """f (N, n_inputs), h (N, width) or None -> logits (N, 2), new h. The decision of block l."""
+        """f (N, n_inputs), h (N, width) or None -> logit of compute over that of skip (N,), new h. The decision of block l."""
         g = l if self.kind == "local" else 0
         w1, b1, w2, b2 = (t[g].to(f.device) for t in (self.w1, self.b1, self.w2, self.b2))  # to the block's device, if the model has several
         z = torch.addmm(b1, f, w1)
@@ -125,7 +125,7 @@ class Router(nn.Module):
             z = h = torch.tanh(z)
         else:
             z = F.relu(z)
-        return torch.addmm(b2, z, w2), h
+        return torch.addmv(b2.diff(), z, w2.diff(dim=1)[:, 0], beta=-1, alpha=-1), h  # the two logits' difference: all that softmax and argmax see
 
     def factors(self, p, s):
         """The inputs (N, n_inputs) float32 for the tokens of a Pass at a block of sparsity s, each scaled to [0, 1] whatever the

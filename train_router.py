@@ -70,8 +70,8 @@ class Order:
         return curve[i].lerp(curve[i + 1], at - i) + self.weights[0] * p.score + self.weights[1] * p.rank + 9 * ends
 
     def targets(self, p, s):
-        """Its decisions for the free prompt rows of a pass, as the router's logits are ordered: 0 compute, 1 skip."""
-        return 1 - by_quota(p, self(p, s), s)[free(p)].long()
+        """Its decisions for the free prompt rows of a pass: 1 compute, 0 skip."""
+        return by_quota(p, self(p, s), s)[free(p)].float()
 
     def mutated(self, other, rng, width):
         """A neighbour, the curve between its own and another's."""
@@ -118,8 +118,8 @@ def warm_up(router, model, guide, samples, steps, lr=0.02):
         optimizer.param_groups[0]["lr"] = lr * (1 - step / steps)
         memory, loss = None, 0.0
         for l, f, target in blocks:
-            logits, memory = router(l, f, memory)
-            loss = loss + F.cross_entropy(logits, target) / len(blocks)
+            margin, memory = router(l, f, memory)
+            loss = loss + F.binary_cross_entropy_with_logits(margin, target) / len(blocks)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -129,11 +129,12 @@ def warm_up(router, model, guide, samples, steps, lr=0.02):
 def losses(p, guide, hinge):
     """L_s and L_g of a step's decisions, of all ranks' passes together, each a mean over blocks; and the share argmax would skip."""
     sums = []
-    for s, logits, q in p.trace:
-        z = logits[free(q)]
-        soft, hard = z.softmax(-1)[:, 1], (z[:, 1] >= z[:, 0]).float()
+    for s, margin, q in p.trace:
+        z = margin[free(q)]
+        soft, hard = torch.sigmoid(-z), (z <= 0).float()
         skipped = (hard + soft - soft.detach()).sum()      # straight-through number of skipped tokens, as argmax has it
-        sums.append(torch.stack((skipped, F.cross_entropy(z, guide.targets(q, s), reduction="sum"), z.new_tensor(len(z)))).to(p.x.device))
+        imitation = F.binary_cross_entropy_with_logits(z, guide.targets(q, s), reduction="sum")
+        sums.append(torch.stack((skipped, imitation, z.new_tensor(len(z)))).to(p.x.device))
     skipped, imitation, n = total(torch.stack(sums)).unbind(1)
     gap = torch.tensor([s for s, _, _ in p.trace], device=n.device) - skipped / n
     return (gap.clamp(min=0) if hinge else gap.abs()).mean(), (imitation / n).mean(), float((skipped / n).detach().mean())

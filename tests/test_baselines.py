@@ -114,7 +114,7 @@ def test_a_dropped_token_stays_dropped(tiny):
     assert all(b <= a for a, b in itertools.pairwise(kept)) and kept[2] == kept[3] and len(kept[5]) == 6 < len(kept[1]) == 24
     # what stays is what the last token looks at most, in the first decision
     q = tiny.step(0, tiny.begin([tokens(30)], [30]))
-    least = set(q.score[1:-1].argsort()[:6].add(1).tolist())
+    least = set(q.observed().score[1:-1].argsort()[:6].add(1).tolist())
     assert set(range(30)) - kept[1] == least
 
 

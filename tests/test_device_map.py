@@ -106,7 +106,7 @@ def test_split_model_equals_whole(folder, split, monkeypatch, shape, router, rou
         p = parts.begin([SAMPLES[0][0]], [20])
         for l in range(6):
             p = parts.step(l, p)
-            assert p.x.device == p.score.device == p.rope[0].device == p.pos.device == GPUS[l > 2]
+            assert p.x.device == p.observed().score.device == p.rope[0].device == p.pos.device == GPUS[l > 2]
     assert all(torch.equal(a, b) for a, b in zip(got[0], want[0])) and got[1] == want[1]
 
 
