@@ -189,7 +189,7 @@ def test_stopped_before_anything_was_saved(runner, tmp_path):
     assert child.exitcode == 130 and "Traceback" not in r.log.read_text() and ("nothing" in last or "generation" in last)
 
 
-@pytest.mark.parametrize("name, limit", [("search", 9000), ("train", 20_000), ("evaluate", 6000)][:None if TORTURE else 1])
+@pytest.mark.parametrize("name, limit", [("search", 9000), ("train", 14_000), ("evaluate", 6000)][:None if TORTURE else 1])
 def test_full_disk(runner, tmp_path, name, limit):
     """A write that the disk refuses ends in one line and code 2; what was there stays, and the run goes on when there is room."""
     whole, r = runner.make(name), runner(name, tmp_path / name)
