@@ -1,28 +1,15 @@
 PY := .venv/bin/python
-OUT := out/demo
-S := 0.30
-KV := --kv keep --schedule $(OUT)/kv/schedule.json --forecaster $(OUT)/kv/forecaster.safetensors
+# other libraries' progress bars and debug output are not for the reader
+QUIET := HF_HUB_DISABLE_PROGRESS_BARS=1 TRANSFORMERS_VERBOSITY=error TOKENIZERS_PARALLELISM=false
 
 .PHONY: demo test torture
 
-# fetch the model, prune it at 30 % by the paper's three stages and by late keys and values, measure both, draw the figures: see README.md
+# fetch the model, let a pruned one answer, then prune it by all stages: README.md tells more
 demo: .venv/ready
-	$(PY) prepare.py
-	$(PY) search_scheduler.py --sparsity $(S) --out_dir $(OUT) --resume
-	$(PY) train_router.py --schedule $(OUT)/schedule.json --out_dir $(OUT) --resume
-	$(PY) finetune_static.py --schedule $(OUT)/schedule.json --router $(OUT)/router.safetensors --out_dir $(OUT) --resume
-	$(PY) evaluate.py --dtype auto --schedule $(OUT)/schedule_ft.json --router $(OUT)/router.safetensors --out_dir $(OUT)
-	$(PY) benchmark.py --schedule $(OUT)/schedule_ft.json --router $(OUT)/router.safetensors --lengths 256,1024 --rounds 5 --out_dir $(OUT)
-	$(PY) search_scheduler.py --method late --flops_saved $(S) --kv keep --out_dir $(OUT)/kv
-	$(PY) fit_forecaster.py --only_kv --keys 0.5 --data self,text --schedule $(OUT)/kv/schedule.json --tune 400 --out_dir $(OUT)/kv
-	$(PY) evaluate.py --dtype auto --rows static $(KV) --out_dir $(OUT)/kv
-	$(PY) benchmark.py $(KV) --lengths 256,1024 --rounds 5 --out_dir $(OUT)/kv
-	$(PY) analysis/redundancy.py --out_dir $(OUT)
-	$(PY) analysis/schedules.py $(OUT)/schedule.json $(OUT)/schedule_ft.json --out_dir $(OUT)
-	$(PY) analysis/skips.py --schedule $(OUT)/schedule_ft.json --router $(OUT)/router.safetensors --out_dir $(OUT)
-	@echo "artefacts, tables and figures are in $(OUT)"
+	@$(QUIET) $(PY) prepare.py --fetch_only
+	@$(QUIET) $(PY) analysis/demo.py
 
-test: .venv/ready
+test: .venv/dev
 	$(PY) -m ruff check .
 	$(PY) -m mypy
 	$(PY) -m coverage erase
@@ -31,10 +18,15 @@ test: .venv/ready
 	$(PY) -m coverage report --fail-under=90
 
 # the long forms of the property, damage, kill and soak tests: about 12 minutes on 2 CPU cores
-torture: .venv/ready
+torture: .venv/dev
 	FTP_TORTURE=1 $(PY) -m pytest -q tests/test_properties.py tests/test_fuzz.py tests/test_kill.py tests/test_inputs.py
 
 .venv/ready: requirements.txt
-	python3 -m venv .venv
-	$(PY) -m pip install -q --disable-pip-version-check -r requirements.txt
+	@echo "making the environment .venv (1 to 3 minutes) ..."
+	@python3 -m venv .venv
+	@$(PY) -m pip install -qq --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+.venv/dev: requirements-dev.txt .venv/ready
+	@$(PY) -m pip install -qq --disable-pip-version-check -r requirements-dev.txt
 	@touch $@

@@ -1,74 +1,134 @@
-"""How little a block changes a token: cosine of its input and output, per block and token (the paper's redundancy figures).
+"""How little a block changes a token: cosine of its input and output, per block and token.
 
-    python analysis/redundancy.py                                   # -> out/redundancy.png, out/redundancy.json
+    python analysis/redundancy.py                            # -> redundancy.png, redundancy.json
     python analysis/redundancy.py --text book.txt --nsamples 500 --seqlen 1024
+
+In: a model, and a text or its own answers. Out: the paper's redundancy figures, and their numbers.
 """
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import matplotlib
 import torch
 import torch.nn.functional as F
 
-from common import Parser, bar, check, run, start
-from data import load_samples, load_text, load_tokenizer, windows
-from files import save_json
+from analysis.style import label_lines, plt, save, settle
+from lib.data import load_samples, load_text, load_tokenizer, windows
+from lib.files import save_json
+from lib.stage import Parser, numbers, progress, run, start, whole
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
-THRESHOLDS = (0.7, 0.8, 0.9)
+def get_args():
+    p = Parser(__doc__)
+
+    add = p.add_argument_group("data").add_argument
+    add("--text", default=None, help="text to run through; default: the calibration samples")
+    add("--nsamples", default=64, type=whole("[1, inf)"), help="sequences")
+    add("--seqlen", default=256, type=whole("[2, inf)"), help="tokens a sequence, with --text")
+
+    add = p.add_argument_group("figure").add_argument
+    add("--thresholds", default="0.7,0.8,0.9", type=numbers("(-1, 1)"),
+        help="cosines above which a block counts as redundant for a token, comma list")
+    add("--shown", default=96, type=whole("[1, inf)"),
+        help="tokens of the first sequence drawn in the heat map")
+
+    add = p.add_argument_group("machine and output").add_argument
+    add("--model", default="smollm2",
+        help="smollm2 (after prepare.py), a Hugging Face folder, a hub id or GGUF file")
+    add("--out_dir", default="out", help="folder of the figure")
+    add("--seed", default=0, type=whole("[0, inf)"), help="seed of everything random")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu",
+        help="cpu, cuda, cuda:1, ...")
+    add("--device_map", default=None,
+        help="for a model larger than one GPU: auto, or e.g. cuda:0=0-15,cuda:1=16-31 (blocks)")
+    add("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"],
+        help="auto: bfloat16 where the device computes in it, else float32")
+    add("--threads", default=0, type=whole("[0, inf)"), help="CPU threads, 0: all cores")
+    return p.parse_args()
+
+
+def sequences(args, model, tokenizer):
+    """What runs through the model: a list of lists of ids."""
+    if args.text:
+        ids = tokenizer(load_text(args.text), add_special_tokens=False)["input_ids"]
+        return [prompt for prompt, _ in windows(ids, args.seqlen, 0, args.nsamples)]
+    samples = load_samples("self", model, tokenizer, "train", args.nsamples)
+    return [prompt + response for prompt, response in samples]
+
+
+@torch.inference_mode()
+def cosines(model, ids):
+    """Cosine of each block's input and output for one sequence, (n_layer, T) on the CPU."""
+    batch = model.batch([ids])
+    state, found = model.begin(batch), []
+    for l in range(model.config.n_layer):
+        after = model.prefill_step(l, batch, state)
+        before = state.x.to(after.x.device)        # the model may lie on several devices
+        found.append(F.cosine_similarity(before.float(), after.x.float(), dim=-1).cpu())
+        state = after
+    return torch.stack(found)
+
+
+def draw(path, heat, share, thresholds, said):
+    """heat (n_layer, shown tokens); share (thresholds, n_layer) of the tokens above each."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 4.4), width_ratios=(1.4, 1),
+                                         layout="constrained")
+    image = left.imshow(heat, aspect="auto", origin="lower", cmap="viridis", vmin=0, vmax=1)
+    left.set(xlabel="token of one sequence", ylabel="block",
+             title="Which blocks leave which tokens as they are?")
+    left.grid(False)
+    figure.colorbar(image, ax=left, label="cosine of input and output")
+
+    for line in share:
+        right.plot(100 * line, marker=".")
+    right.set(xlabel=f"block ({said})", ylabel="tokens, %", ylim=(0, 103),
+              title="How many tokens does a block hardly change?")
+    n_layer = share.shape[1]
+    right.set_xlim(-0.03 * n_layer, 1.5 * n_layer)      # room for the labels beside the lines
+    right.set_xticks(range(0, n_layer, max(1, n_layer // 6)))
+    settle(figure)
+    colours = [line.get_color() for line in right.get_lines()]
+    names = [f"cosine > {t:g}, mean {100 * line.mean():.1f} %"
+             for t, line in zip(thresholds, share)]
+    ends = [(name, n_layer - 1, float(100 * line[-1])) for name, line in zip(names, share)]
+    label_lines(right, ends, colours=dict(zip(names, colours)))
+    return save(figure, path)
 
 
 def main():
-    p = Parser(__doc__).common()
-    p.add_argument("--text", default=None, help="text to run through; default: the calibration samples")
-    p.add_argument("--nsamples", type=int, default=64, help="sequences")
-    p.add_argument("--seqlen", type=int, default=256, help="tokens a sequence, with --text")
-    p.add_argument("--shown", type=int, default=96, help="tokens of the first sequence drawn in the heat map")
-    args = p.parse_args()
-    check(args.nsamples > 0 and args.seqlen > 1, "--nsamples must be at least 1, --seqlen at least 2")
+    args = get_args()
     model, config = start(args)
-    tokenizer = load_tokenizer(args.model)
-    if args.text:
-        ids = tokenizer(load_text(args.text), add_special_tokens=False)["input_ids"]
-        seqs = [a for a, _ in windows(ids, args.seqlen, 0, args.nsamples)]
-    else:
-        seqs = [a + b for a, b in load_samples("self", model, tokenizer, "train", args.nsamples)]
-    above, total, heat = torch.zeros(len(THRESHOLDS), model.config.n_layer), 0, None
-    with torch.inference_mode():
-        for seq in bar(seqs, unit="sequence"):
-            state, first = model.begin([seq], [len(seq)]), []
-            for l in range(model.config.n_layer):
-                after = model.step(l, state)
-                cos = F.cosine_similarity(state.x.to(after.x.device).float(), after.x.float(), dim=-1).cpu()
-                above[:, l] += torch.stack([(cos > t).sum() for t in THRESHOLDS])
-                first.append(cos[:args.shown])
-                state = after
-            total += len(seq)
-            heat = torch.stack(first) if heat is None else heat
+    model.use()   # dense, also where the folder brings a routing
+    seqs = sequences(args, model, load_tokenizer(args.model))
+
+    # of every block and threshold, the tokens above it
+    above, total, heat = torch.zeros(len(args.thresholds), model.config.n_layer), 0, None
+    for ids in progress(seqs, desc="redundancy", unit="sequence"):
+        found = cosines(model, ids)
+        for i, threshold in enumerate(args.thresholds):
+            above[i] += (found > threshold).sum(1)
+        heat = found[:, :args.shown] if heat is None else heat
+        total += len(ids)
     share = above / total
-    fig, (a, b) = plt.subplots(1, 2, figsize=(13, 4.2), width_ratios=(1.4, 1))
-    image = a.imshow(heat, aspect="auto", origin="lower", cmap="viridis", vmin=0, vmax=1)
-    a.set(xlabel="token of one sequence", ylabel="block", title="cosine of block input and output")
-    fig.colorbar(image, ax=a)
-    for t, line in zip(THRESHOLDS, share):
-        b.plot(100 * line, marker=".", label=f"cosine > {t} (mean {100 * line.mean():.1f} %)")
-    b.set(xlabel="block", ylabel="tokens, %", ylim=(0, 101), title=f"{len(seqs)} sequences, {total} tokens")
-    b.legend()
-    b.grid(alpha=0.3)
-    fig.tight_layout()
-    Path(args.out_dir).mkdir(parents=True, exist_ok=True)
-    fig.savefig(f"{args.out_dir}/redundancy.png", dpi=120)
-    save_json(f"{args.out_dir}/redundancy.json", {"format": "ftp-redundancy-1", "config": config, "tokens": total, "sequences": len(seqs),
-                                                  "share_above": {str(t): line.tolist() for t, line in zip(THRESHOLDS, share)},
-                                                  "mean": {str(t): float(line.mean()) for t, line in zip(THRESHOLDS, share)}})
-    for t, line in zip(THRESHOLDS, share):
-        print(f"cosine > {t}: {100 * line.mean():.2f} % of tokens over all blocks; first three {100 * line[:3].mean():.1f} %, "
-              f"middle {100 * line[3:-3].mean():.1f} %, last three {100 * line[-3:].mean():.1f} %")
-    print(f"-> {args.out_dir}/redundancy.png")
+
+    said = f"{len(seqs)} sequences, {total} tokens"
+    path = draw(f"{args.out_dir}/redundancy.png", heat, share, args.thresholds, said)
+    keys = [str(t) for t in args.thresholds]
+    save_json(f"{args.out_dir}/redundancy.json", {
+        "format": "ftp-redundancy-1",
+        "config": config,
+        "tokens": total,
+        "sequences": len(seqs),
+        "share_above": {k: line.tolist() for k, line in zip(keys, share)},
+        "mean": {k: float(line.mean()) for k, line in zip(keys, share)},
+    })
+    for k, line in zip(keys, 100 * share):
+        first, middle, last = line[:3], line[3:-3], line[-3:]
+        between = f"middle {middle.mean():.1f} %, " if len(middle) else ""
+        print(f"cosine > {k}: {line.mean():.2f} % of tokens over all blocks; first three "
+              f"{first.mean():.1f} %, {between}last three {last.mean():.1f} %")
+    print(f"-> {path}")
 
 
 if __name__ == "__main__":

@@ -13,8 +13,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from model_ftp import FTPModel  # noqa: E402
-from router import Forecaster, Router, Schedule  # noqa: E402
+from lib.artefacts import Schedule  # noqa: E402
+from lib.calibration import calibrate_decode  # noqa: E402
+from lib.skipped import Forecaster  # noqa: E402
+from model_ftp import FTPModel, Router  # noqa: E402
 
 TORTURE = bool(os.environ.get("FTP_TORTURE"))  # make torture: the long forms
 TALLY: Counter = Counter()                     # what the bounded tests went through, told at the end
@@ -132,10 +134,11 @@ def make_router(model, schedule=None, seed=0, forecaster=None, **kw):
         r.b2.zero_()  # about half compute, so that argmax decides something
     if schedule is not None:
         g = torch.Generator().manual_seed(seed)
-        samples = [(torch.randint(3, 97, (20,), generator=g).tolist(), torch.randint(3, 97, (30,), generator=g).tolist())
-                   for _ in range(6)]
+        draw = lambda n: torch.randint(3, 97, (n,), generator=g).tolist()
+        samples = [(draw(20), draw(30)) for _ in range(6)]
         model.use(schedule, r, kv="keep" if forecaster else "drop", forecaster=forecaster)
-        r.meta = {"decode_threshold": model.calibrate_decode(samples), "schedule_id": schedule.id}
+        thresholds = calibrate_decode(model, samples)
+        r.meta = {"decode_threshold": list(thresholds), "schedule_id": schedule.id}
         model.use()
     return r
 

@@ -1,19 +1,24 @@
 """A model spread over two devices. No second device is needed: within TwoGPUs every tensor says where it would lie, and an operation on
 tensors of different places fails as on real GPUs."""
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import make_router, tokens
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-import model_ftp
-from config import place_blocks
-from files import FTPError
-from fit_forecaster import fit
-from model_ftp import FTPModel, Pass, response_rows
-from router import Router, Schedule
-from search_scheduler import Fitness, block_influence
-from train_router import Order, losses, warm_up
+import lib.placement
+from lib import reference, scoring
+from lib.artefacts import KINDS, Schedule
+from lib.files import FTPError
+from lib.flops import Meter
+from lib.forecast import fit
+from lib.guide import Order, decisions_of, imitate
+from lib.placement import PlacedModel, place_blocks
+from lib.search import Fitness, block_influence
+from model_ftp import FTPModel, Router
+from train_router import guide_loss, sparsity_loss
 
 HOST, GPUS = torch.device("cpu"), [torch.device("cuda", i) for i in range(2)]
 INDEXING = (torch.Tensor.__getitem__, torch.Tensor.__setitem__)  # GPUs take host indices here
@@ -62,7 +67,7 @@ def split(folder, monkeypatch):
     monkeypatch.setattr(Router, "to", lambda self, device: [put(p, device) for p in self.parameters()] and self)  # nn.Module.to swaps data unseen
 
     def make(shape):
-        m = FTPModel.from_pretrained(folder(shape)[0])
+        m = PlacedModel.from_pretrained(folder(shape)[0], spec="cpu=0-5")
         for name, p in m.named_parameters():
             put(p, GPUS[0 if name.startswith(("embed", "blocks.0", "blocks.1", "blocks.2")) else 1])
         put(m.head.weight, GPUS[not m.config.tied])
@@ -76,11 +81,12 @@ SAMPLES = [(tokens(20, 1), tokens(9, 2)), (tokens(31, 3), tokens(8, 4)), (tokens
 def outputs(m, schedule, router, **routing):
     """Logits of a scored continuation, and of a prefill and two decoded tokens."""
     m.use(schedule, router, **routing)
-    seqs, n = zip(*((a + b, len(a)) for a, b in SAMPLES))
-    cache = m.new_cache(3)
-    got = [m.score_rows(seqs, n), m.extend([a for a, _ in SAMPLES], cache, prompt=True, last_only=True)]
+    cache, meter = m.new_cache(3), Meter(m)
+    states, _ = scoring.response_states(m, SAMPLES, meter=meter)
+    with torch.inference_mode():
+        got = [m.logits(states), m.prefill([a for a, _ in SAMPLES], cache)]
     got += [m.extend([[t]] * 3, cache) for t in (5, 9)]
-    assert not isinstance(got[0], Pass) and m.stats.sparsity("decode")
+    assert meter.sparsity("decode")
     return [g.cpu() for g in got], m.generate([a for a, _ in SAMPLES], 4)
 
 
@@ -92,36 +98,35 @@ CASES = [("gqa", "dense", {}), ("gqa", "static", {}), ("gqa", "random", {}), ("g
 @pytest.mark.parametrize("shape, router, routing", CASES)
 def test_split_model_equals_whole(folder, split, monkeypatch, shape, router, routing):
     """Every kind of router, both K/V policies, decode modes and forecasts: bit for bit, and no tensor stays behind."""
-    monkeypatch.setattr("model_ftp.GRAIN", 1)  # which CPUs alone have, and which changes roundings
+    monkeypatch.setattr("lib.batch.MULTIPLE", 1)  # which CPUs alone have, and which changes roundings
     whole, parts = FTPModel.from_pretrained(folder(shape)[0]), split(shape)
     schedule = Schedule([0.0, 0.3, 0.5, 0.7, 0.2, 0.4], whole.fingerprint)
     if router == "forecast":
         routing = routing | {"forecaster": fit(whole, SAMPLES, SAMPLES, 4)}
         router = make_router(whole, schedule, inputs=("position", "score", "forecast"), forecaster=routing["forecaster"])
-    elif router in Router.KINDS:
+    elif router in KINDS:
         router = make_router(whole, schedule, kind=router, inputs=("position", "score", "rank", "hidden"))
     want = outputs(whole, None if router == "dense" else schedule, "static" if router == "dense" else router, **routing)
     with TwoGPUs():
         got = outputs(parts, None if router == "dense" else schedule, "static" if router == "dense" else router, **routing)
-        p = parts.begin([SAMPLES[0][0]], [20])
+        batch = parts.batch([SAMPLES[0][0]])
+        state = parts.begin(batch)
         for l in range(6):
-            p = parts.step(l, p)
-            assert p.x.device == p.observed().score.device == p.rope[0].device == p.pos.device == GPUS[l > 2]
+            state = parts.prefill_step(l, batch, state)
+            there = state.kept.batch
+            assert state.x.device == state.scores.read(there).value.device == there.rope.device == there.pos.device == GPUS[l > 2]
     assert all(torch.equal(a, b) for a, b in zip(got[0], want[0])) and got[1] == want[1]
 
 
 def test_the_check_can_fail(split, schedule):
     """Without the move between the blocks the run fails, so the test above does watch it."""
-    m, real = split("gqa"), Pass.to
-    try:
-        Pass.to = lambda self, device: self
-        with TwoGPUs(), pytest.raises(RuntimeError, match="tensors on cuda:0 and cuda:1"):
-            outputs(m, schedule, "static")
-        Pass.to = lambda self, device: real(self, device).next(rank=self.rank)
-        with TwoGPUs(), pytest.raises(RuntimeError, match="tensors on cuda:0 and cuda:1"):
-            outputs(m, schedule, make_router(m, inputs=("score", "rank")))
-    finally:
-        Pass.to = real
+    m, real = split("gqa"), lib.placement.state_to
+    stay = lambda state, device: state
+    half = lambda state, device: replace(real(state, device), scores=replace(real(state, device).scores, rank=state.scores.rank))
+    for move, router in ((stay, "static"), (half, make_router(m, inputs=("score", "rank")))):
+        with pytest.MonkeyPatch.context() as patch, TwoGPUs(), pytest.raises(RuntimeError, match="tensors on cuda:0 and cuda:1"):
+            patch.setattr(lib.placement, "state_to", move)
+            outputs(m, schedule, router)
 
 
 def test_search_and_training_on_a_split_model(folder, split):
@@ -133,13 +138,16 @@ def test_search_and_training_on_a_split_model(folder, split):
         torch.manual_seed(0)
         router, guide = Router(m.config, m.fingerprint).to(m.device), Order.static()
         m.use(s, guide)
-        entropy = warm_up(router, m, guide, SAMPLES, 3)
+        entropy = imitate(router, decisions_of(m, router, SAMPLES), 3, 0.02)
         m.use(s, router)
-        p = m.begin_samples(SAMPLES)
+        pair = scoring.make_pair(m, SAMPLES)
+        states, taken = scoring.begin_pair(m, pair), []
         for l in range(6):
-            p = m.step(l, p, masked=True, noise=0.0)
-        l_s, l_g, _ = losses(p, guide, False)
-        kl = model_ftp.kl_divergence(m.logits(p.x[response_rows(SAMPLES)[0]].detach() * 0.9), m.logits(p.x[response_rows(SAMPLES)[0]])).mean()
+            states, decisions = reference.step_pair(m, l, pair, states)
+            taken += decisions
+        l_s, l_g = sparsity_loss(taken, False)[0], guide_loss(taken, guide)
+        x = scoring.predicting(pair, states)
+        kl = scoring.kl_divergence(m.logits(x.detach() * 0.9), m.logits(x)).mean()
         (kl.to(l_s.device) + l_s + l_g).backward()
         return [torch.tensor(block_influence(m, SAMPLES)), fit_kl, f.a, f.b, f.c, torch.tensor(entropy), *(q.grad for q in router.parameters())]
 
@@ -166,9 +174,9 @@ def test_placement(tiny, folder, monkeypatch):
         with pytest.raises(FTPError, match="--device_map"):
             place_blocks(bad, c, 4)
     meta = torch.device("meta")  # the one other device that every machine has
-    monkeypatch.setattr(model_ftp, "place_blocks", lambda *_: [HOST] * 3 + [meta] * 3)
+    monkeypatch.setattr(lib.placement, "place_blocks", lambda *_: [HOST] * 3 + [meta] * 3)
     for shape in ("gqa", "tied"):
-        m = FTPModel.from_pretrained(folder(shape)[0], device_map="auto")
+        m = PlacedModel.from_pretrained(folder(shape)[0], spec="auto")
         assert {n: p.device for n, p in m.named_parameters()} == {
             n: meta if n in ("norm.weight", "head.weight") or n.startswith(("blocks.3", "blocks.4", "blocks.5")) else HOST for n, _ in m.named_parameters()}
         assert [m.place_of(l) for l in range(6)] == [HOST] * 3 + [meta] * 3 and m.head.weight.device == (HOST if m.config.tied else meta)

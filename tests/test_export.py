@@ -5,19 +5,27 @@ import os
 import pytest
 import torch
 from conftest import make_router, tokens
+from test_model import gathered_rows
 from test_stages import inside
 
-from files import FTPError, load_json
-from model_ftp import FTPModel
-from router import Router, Schedule
+from lib.artefacts import Schedule
+from lib.files import FTPError, load_json
+from lib.flops import Meter
+from lib.forecast import fit
+from model_ftp import FTPModel, Router
 
 PROMPTS = [[3 + i % 90 for i in range(40)], tokens(25, 1)]
+SAMPLES = [(p[:n], p[n:]) for p, n in zip(PROMPTS, (30, 20))]
+
+
+def rows_of(model, meter=None):
+    """Logits of prompts and of what follows them."""
+    return torch.cat(gathered_rows(model, SAMPLES, meter))
 
 
 @pytest.fixture(scope="module")
 def made(workshop, tmp_path_factory):
     """A model with a schedule, a router (with thresholds for decode) and a forecaster: their folder."""
-    from fit_forecaster import fit
     out = tmp_path_factory.mktemp("made")
     m = FTPModel.from_pretrained(workshop[0])
     s = Schedule([0.0, 0.3, 0.5, 0.7, 0.2, 0.4], m.fingerprint, meta={"commit": "abc123", "settings": {"data": "/secret/place/alpaca.json", "seed": 7}})
@@ -49,15 +57,15 @@ def test_export_is_routed_at_once(workshop, made, tmp_path, how, call):
     from transformers import AutoModelForCausalLM, AutoTokenizer
     forecaster = made / "forecaster.safetensors" if "forecast" in how else None
     flags = [f for f in how if f != "forecast"] + (["--forecaster", forecaster] if forecaster else [])
-    call("export.py", *these(workshop, made), "--out_dir", tmp_path / "e", *flags)
+    call("extras/export.py", *these(workshop, made), "--out_dir", tmp_path / "e", *flags)
     kw = {"kv": "keep" if "keep" in how else "drop", "decode": "threshold" if "threshold" in how else "dense", "one_pass": "--one_pass" in how,
           "prefill": "argmax" if "argmax" in how else "topk", "forecaster": forecaster}
     by_hand, m = FTPModel.from_pretrained(workshop[0]), FTPModel.from_pretrained(tmp_path / "e")
-    dense = by_hand.score_rows(PROMPTS, [30, 20])
-    want = by_hand.use(made / "schedule.json", made / "router.safetensors", **kw).score_rows(PROMPTS, [30, 20])
-    assert torch.equal(m.score_rows(PROMPTS, [30, 20]), want) and m.stats.mean("prefill") == by_hand.stats.mean("prefill") > 0.2
+    dense, one, two = rows_of(by_hand), Meter(m), Meter(m)
+    want = rows_of(by_hand.use(made / "schedule.json", made / "router.safetensors", **kw), one)
+    assert torch.equal(rows_of(m, two), want) and one.mean("prefill") == two.mean("prefill") > 0.2
     assert m.generate(PROMPTS, max_new_tokens=8) == by_hand.generate(PROMPTS, max_new_tokens=8)
-    assert torch.equal(m.use().score_rows(PROMPTS, [30, 20]), dense) and not torch.allclose(dense, want, atol=1e-3)
+    assert torch.equal(rows_of(m.use()), dense) and not torch.allclose(dense, want, atol=1e-3)
     hf = AutoModelForCausalLM.from_pretrained(tmp_path / "e")
     with torch.no_grad():
         assert torch.allclose(hf(torch.tensor(PROMPTS[:1])).logits, m(torch.tensor(PROMPTS[:1])), atol=1e-4)
@@ -70,9 +78,9 @@ def test_static_export_of_a_sharded_model(workshop, made, tmp_path, call):
     from transformers import AutoModelForCausalLM
     AutoModelForCausalLM.from_pretrained(workshop[0]).save_pretrained(tmp_path / "m", max_shard_size="20KB")
     assert len(list((tmp_path / "m").glob("*.safetensors"))) > 1
-    call("export.py", "--model", tmp_path / "m", "--schedule", made / "schedule.json", "--router", "static", "--out_dir", tmp_path / "e")
+    call("extras/export.py", "--model", tmp_path / "m", "--schedule", made / "schedule.json", "--router", "static", "--out_dir", tmp_path / "e")
     m, by_hand = FTPModel.from_pretrained(tmp_path / "e"), FTPModel.from_pretrained(workshop[0]).use(made / "schedule.json")
-    assert torch.equal(m.score_rows(PROMPTS, [30, 20]), by_hand.score_rows(PROMPTS, [30, 20]))
+    assert torch.equal(rows_of(m), rows_of(by_hand))
     assert all(os.path.samefile(f, tmp_path / "e" / f.name) for f in (tmp_path / "m").glob("*.safetensors"))
 
 
@@ -83,7 +91,7 @@ def test_card_says_what_the_artefacts_say(workshop, made, tmp_path, call):
     call("evaluate.py", *args, "--out_dir", tmp_path, "--data", d / "alpaca.json", "--text", d / "book.txt", "--context", 20, "--scored", 8, "--nwindows", 2,
          "--nsamples", 3, "--tasks", f"mine={d}/task.jsonl", "--rows", "static,ftp")
     call("benchmark.py", *args, "--out_dir", tmp_path, "--lengths", 32, "--rounds", 1, "--n_decode", 2, "--no_hf")
-    call("export.py", *args, "--out_dir", tmp_path / "e", "--eval", tmp_path / "eval.json", "--bench", tmp_path / "bench.json", "--base_model", "owner/name",
+    call("extras/export.py", *args, "--out_dir", tmp_path / "e", "--eval", tmp_path / "eval.json", "--bench", tmp_path / "bench.json", "--base_model", "owner/name",
          "--license", "mit")
     card, front = (tmp_path / "e" / "README.md").read_text(), metadata_load(tmp_path / "e" / "README.md")
     assert front["base_model"] == "owner/name" and front["license"] == "mit" and "ftp" in front["tags"] and front["pipeline_tag"] == "text-generation"
@@ -95,7 +103,7 @@ def test_card_says_what_the_artefacts_say(workshop, made, tmp_path, call):
         assert f"| {r['name']} | {100 * r['sparsity_prefill']:.1f} % |" in card and f"{r['kl']:.4f} +- {r['kl_stderr']:.4f}" in card
     for r in load_json(tmp_path / "bench.json", "ftp-bench-1", "")["rows"]:
         assert f"| {r['phase']} | {r['name']} | {r['median_ms']:.1f} (" in card
-    said = call("export.py", *args, "--out_dir", tmp_path / "plain")
+    said = call("extras/export.py", *args, "--out_dir", tmp_path / "plain")
     text = (tmp_path / "plain" / "README.md").read_text()
     assert "## Quality" not in text and "## Speed" not in text and "base_model" not in text and "hf upload" in said
 
@@ -114,13 +122,13 @@ def test_export_refusals(workshop, made, tmp_path, capsys):
     for said, out, more in (("another --kv", "e", ["--eval", tmp_path / "eval2.json", "--kv", "keep"]), ("exists already", "there", []),
                             ("--decode threshold", "e", ["--schedule", tmp_path / "other.json", "--decode", "threshold"]),
                             ("--eval: no row", "e", ["--eval", tmp_path / "eval.json"]), ("--bench", "e", ["--bench", tmp_path / "none.json"])):
-        code, _, err = inside("export.py", *these(workshop, made), "--out_dir", tmp_path / out, *more, capsys=capsys)
+        code, _, err = inside("extras/export.py", *these(workshop, made), "--out_dir", tmp_path / out, *more, capsys=capsys)
         assert code == 2 and said in err and len(err.strip().splitlines()) == 1, err
         assert not (tmp_path / "e").exists() and not list(tmp_path.glob("*.part"))
 
 
 def test_damaged_export_is_refused(workshop, made, tmp_path, call):
-    call("export.py", *these(workshop, made), "--out_dir", tmp_path / "e")
+    call("extras/export.py", *these(workshop, made), "--out_dir", tmp_path / "e")
     (tmp_path / "e" / "ftp" / "router.safetensors").unlink()
     with pytest.raises(FTPError, match="--router"):
         FTPModel.from_pretrained(tmp_path / "e")

@@ -11,11 +11,17 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, make_router, tokens
+from test_model import gathered_rows, masked_rows
 
-from config import Config, rope_frequencies
-from files import FTPError, find_model
+from lib.artefacts import Schedule
+from lib.checkpoint import find_model
+from lib.compiling import compile_model
+from lib.config import Config, rope_frequencies
+from lib.data import load_tokenizer
+from lib.files import FTPError
+from lib.flops import memory
+from lib.timing import SHAPES, shape_config
 from model_ftp import FTPModel
-from router import Schedule
 
 LLAMA3 = dict(rope_type="llama3", rope_theta=500000.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16)
 FAMILIES = {  # what tells the family apart, in its own configuration's words
@@ -64,10 +70,12 @@ def test_family_equals_hugging_face(family, tmp_path):
     ours = m.generate([prompt], max_new_tokens=64, eos=())[0]
     theirs = hf.generate(torch.tensor([prompt]), max_new_tokens=64, do_sample=False, eos_token_id=-1, pad_token_id=0)[0, 9:].tolist()
     schedule, masked = Schedule([0.0, 0.3, 0.5, 0.7, 0.2, 0.4], m.fingerprint), 0.0
-    router, seqs, n = make_router(m), [tokens(31, 1), tokens(17, 2), tokens(12, 5)], [20, 17, 3]
-    dense = m.score_rows(seqs, n)
+    router, seqs = make_router(m), [(tokens(31, 1), 20), (tokens(17, 2), 16), (tokens(12, 5), 3)]
+    samples = [(s[:n], s[n:]) for s, n in seqs]
+    dense = torch.cat(gathered_rows(m, samples))
     for kv in ("drop", "keep"):
-        gathered, reference = (m.use(schedule, router, kv=kv).score_rows(seqs, n, masked=how) for how in (False, True))
+        m.use(schedule, router, kv=kv)
+        gathered, reference = torch.cat(gathered_rows(m, samples)), torch.cat(masked_rows(m, samples))
         masked, least = max(masked, (gathered - reference).abs().max().item()), min(least, (gathered - dense).abs().max().item())
     print(f"\n| {family} | {logits:.1e} | {sum(a == b for a, b in zip(ours, theirs))} of 64 | {masked:.1e} |")
     assert logits < 1e-4 and ours == theirs and masked < 1e-4
@@ -247,13 +255,12 @@ def write_gguf(path, hf, arch="llama", scaled=False, quant=None, **fields):
 
 @pytest.fixture
 def gguf_home(tmp_path, monkeypatch):
-    monkeypatch.setattr("files.HOME", tmp_path / "home")
+    monkeypatch.setattr("lib.checkpoint.HOME", tmp_path / "home")
     return tmp_path
 
 
 def test_gguf_files_load(gguf_home):
     """A GGUF file as --model: its logits are Hugging Face's on the same weights, the tokenizer comes along, and it is converted once."""
-    from data import load_tokenizer
     scaling = dict(LLAMA3, factor=8.0, original_max_position_embeddings=8192)
     ids = torch.tensor([tokens(60)])
     for arch, more in (("llama", dict(rope_parameters=scaling)), ("qwen2", dict())):
@@ -309,7 +316,7 @@ def measured_peak(f):
 
 @pytest.mark.parametrize("heads, kv_heads", [(4, 4), (6, 2)])
 def test_memory_is_as_computed(heads, kv_heads, tmp_path):
-    """Config.memory() against the weights loaded, the cache filled and the measured peak of a prefill: the first two exactly, the peak within 10 %."""
+    """memory() against the weights loaded, the cache filled and the measured peak of a prefill: the first two exactly, the peak within 10 %."""
     make(tmp_path, hidden_size=heads * 16, num_attention_heads=heads, num_key_value_heads=kv_heads, intermediate_size=heads * 40, max_position_embeddings=1024)
     m = FTPModel.from_pretrained(tmp_path)
     assert m.config.parameters == sum(p.numel() for p in m.parameters())
@@ -320,9 +327,9 @@ def test_memory_is_as_computed(heads, kv_heads, tmp_path):
 
         def prefill():
             cache = m.new_cache(B)
-            m.extend(prompts, cache, prompt=True, last_only=True)
+            m.prefill(prompts, cache)
             return cache
-        want = m.config.memory(B, T, schedule.sparsity, 4, kv)
+        want = memory(m.config, B, T, schedule.sparsity, 4, kv)
         assert want["kv"] == prefill().bytes()[1] and want["weights"] == 4 * m.config.parameters
         peak = measured_peak(prefill)
         print(f"\nbatch {B}, prompt {T}, sparsity {s}, K/V {kv}: peak {peak / 1e6:.2f} MB, computed {(want['total'] - want['weights']) / 1e6:.2f} MB")
@@ -331,7 +338,6 @@ def test_memory_is_as_computed(heads, kv_heads, tmp_path):
 
 def test_memory_of_known_models():
     """Parameters as published, and the 13.5 GB of LLaMA2-7B in bfloat16."""
-    from benchmark import SHAPES, shape_config
     got = {n: Config.from_hf(shape_config(n)).parameters / 1e9 for n in SHAPES}
     want = {"smollm2-135m": 0.1345, "qwen2.5-7b": 7.616, "qwen1.5-7b": 7.721, "llama2-7b": 6.738, "llama2-13b": 13.016, "llama3-8b": 8.030,
             "llama2-70b": 68.977}
@@ -360,11 +366,11 @@ def test_compiled_equals_eager_without_graph_breaks(family, backend, tmp_path):
     def run(prompts, s, kv):
         m.use(s, kv=kv)
         cache = m.new_cache(len(prompts))
-        return torch.cat((m.extend(prompts, cache, prompt=True, last_only=True), m.extend([[5]] * len(prompts), cache, last_only=True)))
+        return torch.cat((m.prefill(prompts, cache), m.extend([[5]] * len(prompts), cache)))
     want = [[run(prompts, *c) for c in cases] for prompts in (some, other)]
     torch._dynamo.reset()
     counters.clear()
-    assert m.compile(backend) is m
+    assert compile_model(m, backend) is m
     got = [[run(some, *c) for c in cases]]
     graphs = counters["stats"]["unique_graphs"]
     got.append([run(other, *c) for c in cases])
@@ -377,4 +383,4 @@ def test_compiled_equals_eager_without_graph_breaks(family, backend, tmp_path):
 def test_compile_without_a_compiler_is_refused(tiny, monkeypatch):
     monkeypatch.setattr("shutil.which", lambda name: None)
     with pytest.raises(FTPError, match="C\\+\\+ compiler"):
-        tiny.compile()
+        compile_model(tiny)

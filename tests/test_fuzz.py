@@ -11,14 +11,14 @@ import pytest
 import torch
 from conftest import TALLY, TORTURE, make_forecaster, make_router, tokens
 
-import data
-import evaluate
-import search_scheduler
 import train_router
-from common import complain, load_progress, save_progress
-from files import FTPError
-from model_ftp import FTPModel
-from router import Forecaster, Router, Schedule
+from lib import data, evaluation, scoring, search, tasks
+from lib.artefacts import Schedule
+from lib.files import FTPError
+from lib.guide import Order
+from lib.skipped import Forecaster
+from lib.stage import complain, load_progress, save_progress
+from model_ftp import FTPModel, Router
 
 EACH = 200 if TORTURE else 25  # damaged copies of each file
 SECONDS, MEGABYTES = 20, 1000  # a load that takes longer hangs, one that takes more memory blows up
@@ -133,11 +133,11 @@ def bench(workshop, tmp_path_factory):
 
     # state of the search
     fitness = lambda u: sum(v * v for v in u) / 1e6
-    fitness.known, fitness.seconds = {}, 0.0
-    fitness.candidates = lambda some, tick: fitness.known.update({u: fitness(u) for u in some})
-    args = SimpleNamespace(seed=0, resume=False, evaluations=12, patience=9, population=5, elite=2, crossover=0.3, move=0.3)
-    start = [search_scheduler.mutate([0, *[300] * 5], 1500, 990, random.Random(i), 200) for i in range(5)]
-    evolve = lambda file: search_scheduler.evolve(fitness, fitness, start, 1500, 990, args, file, {"sparsity": 0.3})
+    fitness.results, fitness.seconds = {}, 0.0
+    fitness.candidates = lambda some, tick: fitness.results.update({u: fitness(u) for u in some})
+    args = SimpleNamespace(seed=0, resume=False, evaluations=12, patience=9, population=5, elite=2, crossover=0.3, move=0.3, tournament=3)
+    start = [search.mutate([0, *[300] * 5], 1500, 990, random.Random(i), 200) for i in range(5)]
+    evolve = lambda file: search.evolve(fitness, fitness, start, 1500, 990, args, file, {"sparsity": 0.3})
     evolve(d / "search_state.json")
     args.resume = True
 
@@ -147,7 +147,8 @@ def bench(workshop, tmp_path_factory):
     sum(p.square().sum() for p in router.parameters()).backward()
     optimizer.step()
     best = {"step": 0, "watch_kl": 0.1, "state": {k: v.detach().clone() for k, v in learner.items()}}
-    train_router.save_state(d / "train_state.safetensors", learner, optimizer, 1, best, [{"step": 0}], {"lr": 0.1}, train_router.Order.static())
+    training = train_router.Training(Order.static(), 1, best, [{"step": 0}])
+    train_router.save_state(d / "train_state.safetensors", learner, optimizer, {"lr": 0.1}, training)
     save_progress(d / "eval_state.json", "ftp-eval-state-1", {"settings": {"a": 1}, "rows": [{"name": "dense", "kl": 0.0, "tasks": {}}]}, "1 row")
 
     for name in ("alpaca.json", "task.jsonl", "partial.jsonl", "lambada.jsonl", "book.txt"):
@@ -159,16 +160,16 @@ def bench(workshop, tmp_path_factory):
 
     def samples(file):
         s = data.load_samples(str(file), model, tok, max_prompt=100, max_response=8, min_response=2)
-        model.response_states(s[:2])
+        scoring.response_states(model, s[:2])
 
     def text(file):
         ids = tok(data.load_text(str(file)), add_special_tokens=False)["input_ids"]
-        model.response_states(data.windows(ids, 8, 4, 2))
+        scoring.response_states(model, data.windows(ids, 8, 4, 2))
 
     def task(file):
-        name, items = data.load_task(f"a={file}", 4)
-        evaluate.check_length(model, tok, name, items, True)
-        evaluate.evaluate_task(model, tok, items, "causal", True)
+        name, items = tasks.load_task(f"a={file}", 4)
+        evaluation.check_length(model, tok, name, items, True)
+        evaluation.evaluate_task(model, tok, items, "causal", True)
 
     # the model's folder, in shards
     FTPModel.from_pretrained(path)

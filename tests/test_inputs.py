@@ -8,13 +8,17 @@ import pytest
 import torch
 from conftest import TALLY, TORTURE, make_forecaster, make_hf, make_router, tokens
 from safetensors.torch import load_file, save_file
+from test_model import gathered_rows, masked_rows
 from test_stages import common, inside
 
-import data
-from evaluate import check_length, evaluate_task
-from files import FTPError, save_json, save_tensors
-from model_ftp import FTPModel
-from router import Forecaster, Router, Schedule
+from lib import data, tasks
+from lib.artefacts import Schedule
+from lib.evaluation import check_length, evaluate_task
+from lib.files import FTPError, save_json, save_tensors
+from lib.flops import Meter
+from lib.scoring import response_states
+from lib.skipped import Forecaster
+from model_ftp import FTPModel, Router
 
 
 def refused(match, f, *a, **kw):
@@ -37,25 +41,27 @@ def test_prompts_at_the_edges(tiny, schedule):
     assert len(tiny.generate([tokens(most)], 1)[0]) == 1 and len(tiny.generate([tokens(most - 9)], 10, eos=())[0]) == 10
     for n, new in ((most + 1, 1), (most - 9, 11)):
         refused(f"exceed the model's {most}", tiny.generate, [tokens(n)], new)
-    refused(f"more than the model's {most}", tiny.score_rows, [tokens(most + 1)], [5])
+    refused(f"more than the model's {most}", tiny.prefill, [tokens(most + 1)])
+    refused(f"more than the model's {most}", response_states, tiny, [(tokens(5), tokens(most - 4))])
     tiny.use()
 
 
-@pytest.mark.parametrize("masked", [False, True])
-def test_pads_are_no_tokens(tiny, schedule, masked):
-    """Rows padded at their left or right, with any id, give the logits of the rows alone, and zeros at the pads."""
-    tiny.use(schedule, make_router(tiny, schedule))
+def test_pads_are_no_tokens(tiny, schedule):
+    """Rows padded at their left or right, with any id, give the logits of the rows alone, and zeros at the pads. (Routed prompts are never padded: a
+    batch of them equals each alone in test_model.py.)"""
     rows = [tokens(12, 1), tokens(7, 2), tokens(1, 3)]
-    want = [tiny(torch.tensor([r]), n_prompt=5, masked=masked)[0] for r in rows]
+    want = [tiny(torch.tensor([r]))[0] for r in rows]
     for left in (True, False):
         ids, mask = torch.randint(0, 97, (3, 12)), torch.zeros(3, 12, dtype=torch.int64)
         at = [slice(12 - len(r), 12) if left else slice(0, len(r)) for r in rows]
         for b, r in enumerate(rows):
             ids[b, at[b]], mask[b, at[b]] = torch.tensor(r), 1
-        got = tiny(ids, n_prompt=5, masked=masked, attention_mask=mask)
+        got = tiny(ids, attention_mask=mask)
         for b in range(3):
             assert torch.allclose(got[b, at[b]], want[b], atol=1e-4) and not got[b][mask[b] == 0].any()
     refused("empty prompt", tiny, torch.ones(2, 3, dtype=torch.int64), attention_mask=torch.tensor([[1, 1, 1], [0, 0, 0]]))
+    tiny.use(schedule)
+    refused("not causal", tiny, torch.tensor([tokens(9)]))
     tiny.use()
 
 
@@ -67,11 +73,13 @@ def test_extreme_schedules(tiny, sparsity, kv):
     tiny.use(Schedule(sparsity, tiny.fingerprint), kv=kv, decode="rule")
     got = tiny.generate(seqs, 5, eos=())
     assert got == [tiny.generate([s], 5, eos=())[0] for s in seqs]
-    logits = tiny.score_rows(seqs, [20, 2, 1])
-    assert torch.allclose(logits, tiny.score_rows(seqs, [20, 2, 1], masked=True), atol=1e-4)
+    samples = [(seqs[0][:20], seqs[0][20:]), (seqs[1], [5]), (seqs[2], [6])]
+    logits = torch.cat(gathered_rows(tiny, samples))
+    assert torch.allclose(logits, torch.cat(masked_rows(tiny, samples)), atol=1e-4)
     if sparsity[0] == 1:
-        x = tiny.embed.weight[torch.tensor([t for s in seqs for t in s])]
-        assert torch.allclose(logits, tiny.logits(x), atol=1e-5) and tiny.cache.bytes() == (0, 0)
+        ids = [t for part in (0, 1) for s in samples for t in s[part]]
+        tiny.prefill(seqs, cache := tiny.new_cache(3))
+        assert torch.allclose(logits, tiny.logits(tiny.embed.weight[torch.tensor(ids)]), atol=1e-5) and cache.bytes() == (0, 0)
     tiny.use()
 
 
@@ -82,12 +90,12 @@ def test_unequal_batch_of_long_and_short(tmp_path):
     m, long = FTPModel.from_pretrained(tmp_path), tokens(10_000)
     with torch.no_grad():
         want = hf(torch.tensor([long]), logits_to_keep=1).logits[0, -1]
-    got = m.extend([long, long[:3]], m.new_cache(2), prompt=True, last_only=True)
+    got = m.prefill([long, long[:3]], m.new_cache(2))
     assert torch.allclose(got[0], want, atol=2e-3)
     s = Schedule([0.0, 0.5, 0.9], m.fingerprint)
     m.use(s, make_router(m, s))
-    both = m.generate([long, long[:3]], 3, eos=())
-    assert m.stats.kept["prefill"] == [10_003, 5000 + 2, 1000 + 2]
+    both = m.generate([long, long[:3]], 3, eos=(), meter=(meter := Meter(m)))
+    assert meter.kept["prefill"] == [10_003, 5000 + 2, 1000 + 2]
     assert both == [m.generate([p], 3, eos=())[0] for p in (long, long[:3])]
 
 
@@ -98,10 +106,9 @@ def test_nan_names_its_block(folder, value):
     m = FTPModel.from_pretrained(folder("gqa")[0])
     m.use(Schedule([0.0, 0.3, 0.5, 0.7, 0.2, 0.4], m.fingerprint))
     cache = m.new_cache(1)
-    m.extend([tokens(9)], cache, prompt=True)
+    m.prefill([tokens(9)], cache)
     m.blocks[3].down.weight.data[4, 7] = value
-    for run in (lambda: m.generate([tokens(9)], 2), lambda: m.score_rows([tokens(9)], [4]), lambda: m.response_states([(tokens(9), tokens(4))]),
-                lambda: m.extend([[5]], cache), lambda: m(torch.tensor([tokens(9)]), masked=True)):
+    for run in (lambda: m.generate([tokens(9)], 2), lambda: response_states(m, [(tokens(9), tokens(4))]), lambda: m.extend([[5]], cache)):
         refused("after block 3,", run)
     m.blocks[3].down.weight.data[4, 7] = 1e30  # finite weights, infinite products
     m.blocks[4].norm2.weight.data[:] = 1e30
@@ -200,9 +207,9 @@ def test_task_items_are_refused_by_number(tmp_path):
                           ({"answer": True}, "item 2.answer"), ({"answer": "0"}, "item 2.answer"), ({"context": None}, r"item 2.contexts\[0\]"),
                           ({"choices": [" b", 3]}, r"item 2.continuations\[1\]"), ({"choices": 5}, "item 2 has no usable")):
         (tmp_path / "t.jsonl").write_text(json.dumps(good) + "\n" + json.dumps(good | change))
-        refused(match, data.load_task, f"t={tmp_path}/t.jsonl")
+        refused(match, tasks.load_task, f"t={tmp_path}/t.jsonl")
     (tmp_path / "t.jsonl").write_text('{"a": 1}')
-    refused("item 1 has no usable 'contexts'", data.load_task, f"t={tmp_path}/t.jsonl")
+    refused("item 1 has no usable 'contexts'", tasks.load_task, f"t={tmp_path}/t.jsonl")
 
 
 def test_unknown_characters_and_empty_contexts(workshop, tmp_path):
@@ -213,7 +220,7 @@ def test_unknown_characters_and_empty_contexts(workshop, tmp_path):
     assert data.load_text(str(tmp_path / "odd.txt")) == odd * 20
     ids = tok(odd)["input_ids"]
     assert tok.decode(ids) == odd and len(model.generate([ids], 2, eos=())[0]) == 2
-    assert data.encode_pair(tok, "", "ab") == ([0], tok("ab")["input_ids"])
+    assert tasks.encode_pair(tok, "", "ab") == ([0], tok("ab")["input_ids"])
     items = [{"contexts": ["", ""], "continuations": [odd, " b"], "answer": 1}]
     assert evaluate_task(model, tok, items, "causal")["n"] == 1
 
@@ -229,7 +236,8 @@ def test_texts_beyond_the_models_length(workshop, tmp_path, capsys):
     short = [{"contexts": ["x" * 510], "continuations": [" y"], "answer": None}]
     assert evaluate_task(model, tok, items, "causal", truncate=True) == evaluate_task(model, tok, short, "causal")
     (tmp_path / "t.jsonl").write_text(json.dumps({"context": "x" * 600, "word": " y"}))
-    (tmp_path / "a.json").write_text(json.dumps([{"instruction": "z" * (600 if i % 8 == 3 else 9), "output": "o" * 20} for i in range(24)]))
+    held = [i for i, split in enumerate(data.splits_of(24)) if split == "heldout"][:3]
+    (tmp_path / "a.json").write_text(json.dumps([{"instruction": "z" * (600 if i in held else 9), "output": "o" * 20} for i in range(24)]))
     a, b = common(workshop, tmp_path)
     words = ["evaluate.py", *a, *b, "--rows", "dense", "--text", "", "--tasks", f"t={tmp_path}/t.jsonl"]
     code, out, err = inside(*words, capsys=capsys)

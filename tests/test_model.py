@@ -1,15 +1,22 @@
 """The routed model against Hugging Face, against its masked reference, and against itself in other arrangements."""
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from conftest import SHAPES, make_forecaster, make_router, tokens
 
-from config import Config, quota
-from files import FTPError
-from model_ftp import FTPModel, KVCache
-from router import Forecaster, Router, Schedule
+from lib import reference, scoring
+from lib.artefacts import Schedule
+from lib.cache import KVCache
+from lib.calibration import calibrate_decode
+from lib.compiling import compile_model
+from lib.config import Config, quota
+from lib.files import FTPError
+from lib.flops import Meter, prefill_flops
+from lib.packing import pack
+from model_ftp import FTPModel, Router
 
 MODES = [dict(router="static"), dict(router="static", decode="rule"), dict(router="random"), dict(router="attention"),
          dict(router="learned", decode="threshold"), dict(router="learned"), dict(router="learned", prefill="argmax", decode="threshold"),
@@ -28,6 +35,33 @@ def use(model, schedule, router, **kw):
                 "local": dict(kind="local"), "recurrent": dict(kind="recurrent"), "grouped": dict(group=3)}[router]
         router = make_router(model, schedule, forecaster=kw.get("forecaster"), **made)
     return model.use(schedule, router, **kw)
+
+
+def masked_rows(model, samples):
+    """Logits of the prompts' tokens and of the new ones, by the masked reference."""
+    pair = scoring.make_pair(model, samples)
+    with torch.no_grad():
+        states = scoring.begin_pair(model, pair)
+        for l in range(model.config.n_layer):
+            states, _ = reference.step_pair(model, l, pair, states)
+        return [model.logits(state.x) for state in states]
+
+
+def gathered_rows(model, samples, meter=None):
+    """The same on the path that inference runs."""
+    pair = scoring.make_pair(model, samples)
+    with torch.no_grad():
+        return [model.logits(state.x) for state in scoring.run_pair(model, pair, meter)]
+
+
+def states_of(model, prompts):
+    """The Batch of some prompts, and the State after each block, the one before block 0 first."""
+    batch = model.batch(prompts)
+    states = [model.begin(batch)]
+    with torch.no_grad():
+        for l in range(model.config.n_layer):
+            states.append(model.prefill_step(l, batch, states[-1]))
+    return batch, states
 
 
 @pytest.fixture(params=list(itertools.product(MODES, ["drop", "keep"])), ids=lambda m: "-".join(map(str, [*m[0].values(), m[1]])))
@@ -58,67 +92,70 @@ def test_zero_sparsity_is_dense(tiny):
 
 
 def test_gathered_equals_masked(tiny, routed):
-    seqs, n = [tokens(96, 1), tokens(17, 2), tokens(17, 3), tokens(1, 4), tokens(12, 5)], [85, 17, 9, 1, 3]
+    seqs = [tokens(96, 1), tokens(20, 2), tokens(17, 3), tokens(2, 4), tokens(12, 5)]
+    samples = [(s[:n], s[n:]) for s, n in zip(seqs, (85, 17, 9, 1, 3))]
     model = routed()
-    a = model.score_rows(seqs, n)
-    model = routed()
-    b = model.score_rows(seqs, n, masked=True)
-    assert torch.allclose(a, b, atol=2e-5)
+    a, b = gathered_rows(model, samples), masked_rows(model, samples)
+    assert all(torch.allclose(x, y, atol=2e-5) for x, y in zip(a, b))
     model.use()
-    assert not torch.allclose(a, model.score_rows(seqs, n), atol=1e-2)  # and something was skipped
+    assert not torch.allclose(a[0], gathered_rows(model, samples)[0], atol=1e-2)  # something was skipped
 
 
 @pytest.mark.parametrize("kv", ["drop", "keep"])
 @pytest.mark.parametrize("mode", MODES, ids=lambda m: "-".join(map(str, m.values())))
 @pytest.mark.parametrize("shape", ["tied", "qwen2"])  # one without biases, one without a head of its own
 def test_packed_equals_plain(folder, schedule, shape, mode, kv):
-    path, n = folder(shape)[0], [70, 9, 5]
-    seqs, got = [tokens(90, 1), tokens(30, 2), tokens(5, 3)], []
-    for m in (FTPModel.from_pretrained(path), FTPModel.from_pretrained(path).pack()):
-        s = Schedule(schedule.sparsity, m.fingerprint)
-        got += [use(m, s, kv=kv, **mode).score_rows(seqs, n), use(m, s, kv=kv, **mode).generate([s[:m] for s, m in zip(seqs, n)], 8)]
+    samples = [(tokens(70, 1), tokens(20, 2)), (tokens(9, 3), tokens(21, 4)), (tokens(5, 5), tokens(1, 6))]
+    path, got = folder(shape)[0], []
+    for m in (FTPModel.from_pretrained(path), pack(FTPModel.from_pretrained(path))):
+        use(m, Schedule(schedule.sparsity, m.fingerprint), kv=kv, **mode)
+        got += [torch.cat(gathered_rows(m, samples)), m.generate([a for a, _ in samples], 8)]
     assert torch.allclose(got[0], got[2], atol=1e-4) and got[1] == got[3]
 
 
 def test_packed_weights_are_held_once_and_give_no_gradients(folder):
     plain = FTPModel.from_pretrained(folder("tied")[0])
-    packed = FTPModel.from_pretrained(folder("tied")[0]).pack()
-    assert packed.pack() is packed and packed.first_values() == plain.first_values() and packed.fingerprint == plain.fingerprint
-    assert all(b.down.weight.numel() == b.qkv.weight.numel() == 0 for b in packed.blocks)
+    packed = pack(FTPModel.from_pretrained(folder("tied")[0]))
+    assert pack(packed) is packed and packed.fingerprint == plain.fingerprint
+    assert all(b.down.weight.numel() == b.qkv_proj.weight.numel() == 0 for b in packed.blocks)
     assert packed.head.weight is packed.embed.weight and packed.embed.weight.shape == (97, 32)
     x = torch.randn(3, 32, requires_grad=True)
     plain.logits(x).sum().backward()
     with pytest.raises(FTPError, match="no gradients"):
         packed.logits(x)
     with pytest.raises(FTPError, match="--compile"):
-        packed.compile()
+        compile_model(packed)
+    batch = packed.batch([tokens(5)])
+    state = replace(packed.begin(batch), x=torch.randn(5, 32, requires_grad=True))
     with pytest.raises(FTPError, match="no gradients"):
-        packed.step(0, packed.begin([tokens(5)], [5]).next(x=torch.randn(5, 32, requires_grad=True)), masked=True)
-    half = FTPModel.from_pretrained(folder("tied")[0], dtype=torch.float16).pack()  # no such kernels: left as it is
-    assert half.blocks[0].down.packed is None
+        packed.prefill_step(0, batch, state)
+    half = pack(FTPModel.from_pretrained(folder("tied")[0], dtype=torch.float16))  # no such kernels
+    assert isinstance(half.blocks[0].down, torch.nn.Linear)
 
 
-def test_rows_scattered_in_place_change_no_pass_that_is_kept(tiny, schedule):
-    """The state before block 0, to which a search goes back, is the same after a pass as before."""
-    p = use(tiny, schedule, "learned").begin([tokens(90)], [90])
-    before = p.x.clone()
-    after = tiny.through(p).x
-    assert torch.equal(p.x, before) and torch.equal(tiny.through(p).x, after)
+def test_a_state_that_is_kept_stays_as_it_was(tiny, schedule):
+    """The state before a block, to which a search goes back, is the same after a pass as before."""
+    use(tiny, schedule, "learned")
+    batch, states = states_of(tiny, [tokens(90)])
+    before = [s.x.clone() for s in states]
+    again = states[2]
+    for l in range(2, 6):
+        again = tiny.prefill_step(l, batch, again)
+    assert torch.equal(again.x, states[-1].x) and all(torch.equal(a, s.x) for a, s in zip(before, states))
     tiny.use()
 
 
 def test_cached_decode_equals_one_pass(tiny, routed):
-    """prefill + decode token by token == prefill + a chunk == one pass without a cache, and the batch == each alone."""
+    """prefill + decode token by token == prefill + a chunk == block by block, and the batch == each alone."""
     model = routed()
-    if model.router == "random":
-        pytest.skip("random selection draws anew in each pass")
     prompts, more = [tokens(20, 1), tokens(9, 2), tokens(15, 3)], [tokens(7, 4), tokens(7, 5), tokens(7, 6)]
-    whole = model.score_rows([a + b for a, b in zip(prompts, more)], [len(a) for a in prompts])
-    want = [w[len(a) - 1:] for w, a in zip(whole.split([len(a) + 7 for a in prompts]), prompts)]
+    whole = gathered_rows(model, list(zip(prompts, more)))
+    ends = np.cumsum([len(a) for a in prompts]) - 1
+    want = [torch.cat((whole[0][e:e + 1], part)) for e, part in zip(ends.tolist(), whole[1].split(7))]
 
     def cached(rows, chunk):
         cache = model.new_cache(len(rows))
-        out = [[t] for t in model.extend([prompts[r] for r in rows], cache, prompt=True, last_only=True)]
+        out = [[t] for t in model.prefill([prompts[r] for r in rows], cache)]
         mark = cache.mark()
         model.extend([[5]] * len(rows), cache)  # a wrong turn, forgotten again
         cache.rewind(mark)
@@ -133,18 +170,31 @@ def test_cached_decode_equals_one_pass(tiny, routed):
         assert all(torch.allclose(g, w, atol=2e-5) for g, w in zip(got, want))
         for r in range(3):
             alone, one = cached([r], chunk)
-            assert torch.allclose(alone[0], got[r], atol=2e-5)
+            assert model.routing.router == "random" or torch.allclose(alone[0], got[r], atol=2e-5)
             assert (one.len[:, 0] == cache.len[:, r]).all()
-    if model.kv == "drop" and model.decode == "threshold":
+    if model.routing.kv == "drop" and model.routing.decode == "threshold":
         assert int(cache.len.sum()) < 6 * (20 + 9 + 15 + 21) * 0.8
-    if model.kv == "keep":
+    if model.routing.kv == "keep":
         assert (cache.len == [27, 16, 22]).all()
+
+
+def test_logits_after_a_prompt(tiny, routed):
+    """after_prompt() gives what prefill and decoding give; the model itself refuses what is not causal."""
+    model = routed()
+    seqs, n = [tokens(30, 1), tokens(9, 2), tokens(12, 3)], [20, 9, 3]
+    got = scoring.after_prompt(model, seqs, n)
+    assert [len(g) for g in got] == [11, 1, 10]
+    cache = model.new_cache(3)
+    first = model.prefill([s[:m] for s, m in zip(seqs, n)], cache)
+    assert torch.allclose(torch.stack([g[0] for g in got]), first, atol=1e-5)
+    with pytest.raises(FTPError, match="not causal"):
+        model(torch.tensor([tokens(30)]))
 
 
 def test_batch_equals_one_by_one(tiny, routed):
     model = routed()
-    if model.router == "random":
-        pytest.skip("random selection draws anew in each pass")
+    if model.routing.router == "random":
+        pytest.skip("random selection draws by the whole batch")
     prompts = [tokens(23, 1), tokens(2, 2), tokens(11, 3), tokens(11, 4)]
     both = model.generate(prompts, max_new_tokens=12)
     assert both == [model.generate([p], max_new_tokens=12)[0] for p in prompts]
@@ -153,78 +203,73 @@ def test_batch_equals_one_by_one(tiny, routed):
 def test_future_changes_nothing(tiny, routed):
     """Causal protocol: other tokens later leave earlier logits and decisions alone."""
     model = routed()
-    a, b = tokens(20, 1) + tokens(10, 2), tokens(20, 1) + tokens(4, 2) + tokens(6, 9)
     kept = []
-    for seq in (a, b):
-        if model.router == "random":
-            model._random.manual_seed(0)
-        p = model.begin([seq], [20])
-        masks = []
-        for l in range(6):
-            masks.append(model.route(l, p)[0].mask if model.router != "random" else None)
-            p = model.step(l, p)
-        kept.append((model.logits(p.x)[:24], [m if m is None else m[:24] for m in masks]))
-    assert torch.allclose(kept[0][0], kept[1][0], atol=2e-5)
-    assert all(x is None or torch.equal(x, y) for x, y in zip(kept[0][1], kept[1][1]))
+    for future in (tokens(10, 2), tokens(4, 2) + tokens(6, 9)):
+        pair = scoring.make_pair(model, [(tokens(20, 1), future)])
+        states, masks = scoring.begin_pair(model, pair), []
+        with torch.no_grad():
+            for l in range(6):
+                states = scoring.step_pair(model, l, pair, states)
+                masks += [states[0].kept.mask, states[1].kept.mask[:4]]
+            kept.append((model.logits(states[0].x), model.logits(states[1].x)[:4], masks))
+    assert torch.equal(kept[0][0], kept[1][0]) and torch.allclose(kept[0][1], kept[1][1], atol=2e-5)
+    assert all(torch.equal(x, y) for x, y in zip(kept[0][2], kept[1][2]))
 
 
 def test_joint_protocol_is_not_causal(tiny, schedule):
     """The leak that the causal protocol closes: routed together, the continuation changes the prompt's own pass."""
     tiny.use(schedule)
-    a, b = (torch.tensor([tokens(20, 1) + tokens(n, 2)]) for n in (4, 10))
-    assert not torch.allclose(tiny(a)[:, :20], tiny(b)[:, :20], atol=1e-3)
+    a, b = (states_of(tiny, [tokens(20, 1) + tokens(n, 2)])[1][-1].x[:20] for n in (4, 10))
+    assert not torch.allclose(a, b, atol=1e-3)
     tiny.use()
 
 
 def test_quota_is_met_and_counted(tiny, routed, schedule):
     model = routed()
-    if model.prefill == "argmax":
+    r = model.routing
+    if r.prefill == "argmax":
         pytest.skip("argmax decides its own number")
-    model.score_rows([tokens(50, 1), tokens(33, 2)], [50, 33])
-    schedule = model.schedule
-    want = [1 - (quota(50, s) + quota(33, s)) / 83 for s in schedule.sparsity]
-    assert model.stats.sparsity("prefill") == pytest.approx(want)
-    assert abs(model.stats.mean("prefill") - schedule.mean) < 0.02
-    one = model.use(model.schedule, model.router, kv=model.kv, forecaster=model.forecaster)
-    one.score_rows([tokens(50, 1)], [50])
-    if model.router == "static" or (isinstance(model.router, Router) and model.kv == "drop"):  # else the pairs depend on who is kept
-        cost = [model.config.prefill_flops(50, s, model.kv, model.router if isinstance(model.router, Router) else None, head=0,
-                                           forecaster=model.forecaster)
-                if s is not None else model.config.prefill_flops(50, [0] * 6, head=0) for s in (schedule.sparsity, None)]
-        assert one.stats.used("prefill") == pytest.approx(cost[0])
-        assert one.stats.saved("prefill") == pytest.approx(1 - cost[0] / cost[1])
+    meter = Meter(model)
+    model.prefill([tokens(50, 1), tokens(33, 2)], meter=meter)
+    want = [1 - (quota(50, s) + quota(33, s)) / 83 for s in r.sparsity]
+    assert meter.sparsity("prefill") == pytest.approx(want)
+    assert abs(meter.mean("prefill") - r.schedule.mean) < 0.02
+    model.use(r.schedule, r.router, kv=r.kv, forecaster=r.forecaster)
+    meter = Meter(model)
+    model.prefill([tokens(50, 1)], meter=meter)
+    if r.router == "static" or (r.learned and r.kv == "drop"):  # else the pairs depend on who is kept
+        router = r.router if r.learned else None
+        cost = prefill_flops(model.config, 50, r.schedule.sparsity, r.kv, router, head=0, forecaster=r.forecaster)
+        dense = prefill_flops(model.config, 50, [0] * 6, head=0)
+        assert meter.used("prefill") == pytest.approx(cost)
+        assert meter.saved("prefill") == pytest.approx(1 - cost / dense)
 
 
 def test_ends_are_always_kept(tiny, routed):
-    model = routed()
-    p = model.begin([tokens(40)], [40])
-    for l in range(6):
-        keep, _ = model.route(l, p)
-        assert keep.mask is None or bool(keep.mask[0] and keep.mask[-1])
-        p = model.step(l, p)
+    _, states = states_of(routed(), [tokens(40)])
+    assert all(bool(s.kept.mask[0] and s.kept.mask[-1]) for s in states[1:])
 
 
 def test_blocks_share_a_decision(tiny, schedule):
     """In a group of blocks the first decides, by the mean of their sparsities; scores are only made where a decision comes next."""
     tiny.use(schedule, router := make_router(tiny, group=3))
-    assert tiny.lead == [0, 1, 1, 1, 4, 4] and tiny.schedule.sparsity == pytest.approx([0, 0.5, 0.5, 0.5, 0.3, 0.3])
+    assert tiny.routing.leader == (0, 1, 1, 1, 4, 4) and tiny.routing.sparsity == pytest.approx([0, 0.5, 0.5, 0.5, 0.3, 0.3])
     assert [tiny.reads_scores(l) for l in range(6)] == [True, False, False, True, False, False]
-    p, kept, calls, forward = tiny.begin([tokens(40)], [40]), [], [], router.forward
+    calls, forward = [], router.forward
     router.forward = lambda l, *a: calls.append(l) or forward(l, *a)
-    for l in range(6):
-        keep, p = tiny.route(l, p)
-        kept.append(keep)
-        p = tiny.blocks[l](p, keep, "drop", 16 if tiny.reads_scores(l) else None)
+    _, states = states_of(tiny, [tokens(40)])
+    kept = [s.kept for s in states[1:]]
     assert calls == [1, 4] and kept[1] is kept[2] is kept[3] and kept[4] is kept[5] and kept[3] is not kept[4]
     tiny.use(Schedule([0.0, 0.3, 0.0, 0.3, 1.0, 0.3], tiny.fingerprint), router)  # only blocks that skip some tokens, and lie side by side
-    assert tiny.lead == list(range(6))
+    assert tiny.routing.leader == tuple(range(6))
     tiny.use()
 
 
 def test_static_order(tiny, schedule):
     tiny.use(schedule)
-    keep, _ = tiny.route(3, tiny.begin([tokens(10)], [10]))  # s = 0.7: keeps 3 of 10
-    assert keep.rows.tolist() == [0, 8, 9]
+    batch = tiny.batch([tokens(10)])
+    kept, _ = tiny.route(3, batch, tiny.begin(batch))  # s = 0.7: keeps 3 of 10
+    assert kept.rows.tolist() == [0, 8, 9]
     tiny.use()
 
 
@@ -240,38 +285,38 @@ def test_removed_block_is_absent(tiny, folder):
             b.self_attn.layer_idx = i
         with torch.no_grad():
             ids = torch.tensor([tokens(15)])
-            assert torch.allclose(tiny(ids), hf(ids).logits, atol=1e-4)
+            got = scoring.after_prompt(tiny, ids.tolist(), [9])[0]
+            assert torch.allclose(got, hf(ids).logits[0, 8:], atol=1e-4)
     finally:
         hf.model.layers, hf.config.num_hidden_layers = gone, 6
         for i, b in enumerate(gone):
             b.self_attn.layer_idx = i
     cache = tiny.new_cache(1)
-    tiny.extend([tokens(15)], cache, prompt=True)
+    tiny.prefill([tokens(15)], cache)
     assert cache.len[3].item() == 0 and cache.bytes()[0] == tiny.config.kv_bytes(5 * 15, 4)
     tiny.use()
 
 
 def test_decode_meets_its_threshold(tiny, schedule):
-    r = make_router(tiny, schedule)
-    tiny.use(schedule, r)
-    g = [(tokens(20, 100 + i), tokens(40, 200 + i)) for i in range(12)]
-    tiny.calibrate_decode(g)
-    tiny.score_rows([a + b for a, b in g], [20] * 12)
-    got = tiny.stats.sparsity("decode")
-    assert got == pytest.approx(schedule.sparsity, abs=0.01)
-    tiny.calibrate_decode(g, sparsity=0.2)
-    tiny.score_rows([a + b for a, b in g], [20] * 12)
-    assert tiny.stats.mean("decode") == pytest.approx(0.2, abs=0.01)
+    tiny.use(schedule, make_router(tiny, schedule))
+    samples = [(tokens(20, 100 + i), tokens(40, 200 + i)) for i in range(12)]
+    calibrate_decode(tiny, samples)
+    gathered_rows(tiny, samples, meter := Meter(tiny))
+    assert meter.sparsity("decode") == pytest.approx(schedule.sparsity, abs=0.01)
+    calibrate_decode(tiny, samples, sparsity=0.2)
+    gathered_rows(tiny, samples, meter := Meter(tiny))
+    assert meter.mean("decode") == pytest.approx(0.2, abs=0.01)
     tiny.use()
 
 
 def test_gates_carry_gradients(tiny, schedule):
     r = make_router(tiny)
     tiny.use(schedule, r, decode="dense")
-    p = tiny.begin([tokens(24)], [16])
+    pair = scoring.make_pair(tiny, [(tokens(16), tokens(8))])
+    states = scoring.begin_pair(tiny, pair)
     for l in range(6):
-        p = tiny.step(l, p, masked=True, noise=0.0)
-    tiny.logits(p.x[16:]).square().mean().backward()
+        states, _ = reference.step_pair(tiny, l, pair, states)
+    tiny.logits(scoring.predicting(pair, states)).square().mean().backward()
     assert r.w1.grad.abs().sum() > 0 and all(q.grad is None for q in tiny.parameters())
     tiny.use()
 
@@ -280,8 +325,8 @@ def test_flops_of_the_paper():
     """Share of prefill FLOPs saved on LLaMA2-7B at 1000 tokens, all positions through the head (method section 7)."""
     c = Config(32000, 4096, 11008, 32, 32, 32, 128, 1e-5, 1e4, None, False, False, 4096)
     for kv, want in (("drop", (21.9, 24.9, 29.8, 39.7)), ("keep", (18.1, 20.5, 24.6, 32.8))):
-        dense = c.prefill_flops(1000, [0] * 32, head=1000)
-        got = [100 * (1 - c.prefill_flops(1000, [S] * 32, kv, head=1000) / dense) for S in (0.22, 0.25, 0.30, 0.40)]
+        dense = prefill_flops(c, 1000, [0] * 32, head=1000)
+        got = [100 * (1 - prefill_flops(c, 1000, [S] * 32, kv, head=1000) / dense) for S in (0.22, 0.25, 0.30, 0.40)]
         assert got == pytest.approx(want, abs=0.5)
 
 
@@ -319,88 +364,7 @@ def test_artifacts_round_trip(tiny, schedule, tmp_path):
     s2, r2 = Schedule.load(tmp_path / "schedule.json"), Router.load(tmp_path / "router.safetensors")
     assert s2 == schedule and r2.id == r.id and r2.meta == r.meta and r2.inputs == r.inputs
     tiny.use(tmp_path / "schedule.json", tmp_path / "router.safetensors", decode="threshold")
-    assert tiny.thresholds == r.meta["decode_threshold"]
-    tiny.use()
-
-
-def test_forecaster_is_the_least_squares_fit(tiny, tmp_path):
-    """The closed form from moments against torch's lstsq on the raw rows, error for error; lower ranks only lose; rank 0 is the mean."""
-    from fit_forecaster import moments, solve
-    passes = [tiny.use().begin([tokens(50, i)], [50]) for i in range(40)]
-    after = [tiny.step(2, p) for p in passes]
-    noise = [p.next(x=p.x + 0.1 * torch.randn(p.x.shape, generator=torch.Generator().manual_seed(i))) for i, p in enumerate(passes)]
-    m = moments(tiny, 2, noise, passes, after)
-    block, kv = tiny.blocks[2], lambda x: block.qkv(block.norm1(x))[:, -2 * 2 * 8:]
-    with torch.no_grad():
-        x = torch.cat([torch.nn.functional.rms_norm(p.x, (32,))[1:] for p in noise]).double()
-        y = torch.cat([torch.cat((t.x - n.x, kv(p.x) - kv(n.x)), 1)[1:] for n, p, t in zip(noise, passes, after)]).double()
-    weight = torch.cat([(1 / t.square().sum()).expand(t.shape[1]) for t in y.split([32, 16, 16], 1)]) / 3
-    wrong = lambda got: float(((got - y).square().sum(0) * weight).sum() / (y.square().sum(0) * weight).sum())
-    one = torch.cat((x, torch.ones(len(x), 1)), 1)
-    best = wrong(one @ torch.linalg.lstsq(one, y).solution)
-    got = {r: solve(*m, m, r) for r in (0, 4, 16, 32)}
-    for a, b, c, _, e in got.values():
-        assert wrong(x @ a @ b + c) == pytest.approx(e, rel=1e-4)
-    assert got[32][-1] == pytest.approx(best, rel=1e-3) and got[0][-1] == pytest.approx(wrong(y.mean(0).expand_as(y)), rel=1e-4)
-    assert best <= got[16][-1] < got[4][-1] < got[0][-1]
-
-
-def test_fitted_forecaster_comes_closer_to_dense(tiny, schedule, tmp_path):
-    """On new text, the model that forecasts its skipped tokens is closer to the dense one than the one that leaves them; files round-trip."""
-    from fit_forecaster import fit
-    samples = [(tokens(40, i), tokens(20, 100 + i)) for i in range(60)]
-    f = fit(tiny, samples[:40], samples[40:], 32, schedule)
-    f.save(tmp_path / "f.safetensors")
-    g = Forecaster.load(tmp_path / "f.safetensors")
-    assert torch.equal(f.a, g.a) and torch.equal(f.b, g.b) and len(f.meta["held_out_error"]) == 5 and f.first == 1
-    new = [(tokens(40, 1000 + i), tokens(20, 2000 + i)) for i in range(10)]
-    want = tiny.use().response_states(new)[0]
-    away = {name: float((tiny.use(schedule, kv="keep", forecaster=h).response_states(new)[0] - want).square().mean())
-            for name, h in (("stay", None), ("forecast", g))}
-    assert 0 < away["forecast"] < 0.8 * away["stay"]
-    tiny.use()
-
-
-@pytest.mark.parametrize("shape", ["gqa", "qwen2"])
-def test_map_of_own_projections_changes_nothing(folder, shape):
-    """Keys and values by the maps that equal the blocks' projections, biases and all, are those that K/V kept without a forecaster are."""
-    from fit_forecaster import own_map
-    model = FTPModel.from_pretrained(folder(shape)[0])
-    with torch.no_grad():
-        a, c = (torch.stack(t).float() for t in zip(*(own_map(b, model.config.kv_bytes(1, 1)) for b in model.blocks[2:])))
-    f, s = Forecaster(a, None, c, 6, model.fingerprint), Schedule([0.0, 0.0, 0.3, 0.5, 0.9, 0.9], model.fingerprint)
-    seqs = [tokens(40, 1), tokens(23, 2)]
-    want, got = (model.use(s, kv="keep", forecaster=h).score_rows(seqs, [30, 20]) for h in (None, f))
-    assert torch.allclose(want, got, atol=1e-3) and not torch.allclose(want, model.use(s).score_rows(seqs, [30, 20]), atol=1e-2)
-
-
-def test_late_keys_and_values(tiny, tmp_path):
-    """Where skips run to the last block: fitted keys and values are closer to dense than stale ones, tuned ones closer still on what they were
-    tuned on; they cost what the block's own projections do; and they take nothing but the dense states before the first skip."""
-    from fit_forecaster import fit, tune
-    late = Schedule([0.0, 0.0, 0.0, 0.5, 0.9, 0.9], tiny.fingerprint)
-    samples = [(tokens(40, i), tokens(20, 100 + i)) for i in range(60)]
-    f = fit(tiny, samples[:40], samples[40:], None, late)
-    assert f.first == 3 and f.a.shape == (3, 32, 32) and f.rank == "full"
-    want = tiny.use().response_states(samples)[0]
-    away = lambda h: float((tiny.use(late, kv="keep", forecaster=h).response_states(samples)[0] - want).square().mean())
-    stale, fitted = away(None), away(f)
-    flops = tiny.stats.flops["prefill"]
-    away(None)
-    assert flops - tiny.stats.flops["prefill"] == 60 * (20 + 4 + 4) * 2 * 32 * 32   # the kept tokens' forecasts, which nothing reads
-    history = tune(tiny, f, samples[:40], samples[40:50], late, 30, 2e-3, every=10)
-    assert 0 < away(f) < fitted < 0.8 * stale and min(k for _, k in history) < history[0][1]
-    f.save(tmp_path / "f.safetensors")
-    assert Forecaster.load(tmp_path / "f.safetensors").id == f.id
-    with torch.no_grad():  # by hand: block 4's cache holds the maps of the state before block 3 for the tokens that skip both
-        cache = tiny.use(late, kv="keep", forecaster=f).new_cache(1)
-        prompt = tokens(40, 7)
-        tiny.extend([prompt], cache, prompt=True)
-        p = tiny.use().begin([prompt], [40])
-        for l in range(3):
-            p = tiny.step(l, p)
-        v = (torch.nn.functional.rms_norm(p.x, (32,)) @ f.a[1] + f.c[1])[:, 16:].view(40, 2, 8)
-        assert torch.allclose(cache.v[4][0, :, 1:20].transpose(0, 1), v[1:20], atol=1e-5)
+    assert list(tiny.routing.thresholds) == r.meta["decode_threshold"]
     tiny.use()
 
 

@@ -3,16 +3,15 @@ import argparse
 import json
 import math
 import random
-import sys
 
 import pytest
 import torch
 from test_stages import ROOT, call, common, inside
 
-import data
-import evaluate
+from analysis import ablations
+from lib import data, evaluation, tasks
+from lib.artefacts import Schedule
 from model_ftp import FTPModel
-from router import Schedule
 
 WORDS = "the cat sat on a mat and saw nine red birds over an old grey house by the sea".split()
 
@@ -59,7 +58,7 @@ def test_harness_equals_hugging_face(workshop, harness):
     """Sparsity 0: the adapter's log-likelihoods, rolling log-likelihoods and texts are those of the harness's own --model hf, item by item."""
     from lm_eval.models.huggingface import HFLM
 
-    from lm_eval_ftp import FTPLM
+    from extras.lm_eval_ftp import FTPLM
     tasks = ("choice", "rolling", "generate")
     hf, got_hf = harness_run(harness, HFLM(str(workshop[0]), device="cpu", dtype="float32", batch_size=3, max_length=40), *tasks)
     for more in ({}, {"max_tokens": 64}):
@@ -74,18 +73,18 @@ def test_harness_equals_hugging_face(workshop, harness):
 
 def test_harness_equals_evaluate(workshop, harness):
     """Routed: evaluate.py's scorer and the harness agree item by item, batch mates change nothing, and no piece of a rolling text sees the future."""
-    from lm_eval_ftp import FTPLM
+    from extras.lm_eval_ftp import FTPLM
     path = str(workshop[0])
     model, tok = FTPModel.from_pretrained(path), data.load_tokenizer(path)
     s = Schedule([0.0, 0.5, 0.5, 0.4, 0.3, 0.5], model.fingerprint)
     lm = FTPLM(path, device="cpu", schedule=s, max_length=120, scored=16)
     got, results = harness_run(harness, lm, "choice", "rolling", "generate")
-    _, items = data.load_task(f"choice={harness}/choice.jsonl")
+    _, items = tasks.load_task(f"choice={harness}/choice.jsonl")
     items = [it | {"continuations": [" " + c for c in it["continuations"]]} for it in items]  # the harness's delimiter
     model.use(s)
-    mine = evaluate.evaluate_task(model, tok, items, "causal")
-    pairs = [data.encode_pair(tok, a, b) for it in items for a, b in zip(it["contexts"], it["continuations"])]
-    assert flat(got["choice"])[::2] == pytest.approx([v for v, _ in evaluate.score_pairs(model, pairs, "causal")], abs=1e-3)
+    mine = evaluation.evaluate_task(model, tok, items, "causal")
+    pairs = [tasks.encode_pair(tok, a, b) for it in items for a, b in zip(it["contexts"], it["continuations"])]
+    assert flat(got["choice"])[::2] == pytest.approx([v for v, _ in evaluation.score_pairs(model, pairs, "causal")], abs=1e-3)
     samples = sorted(results["samples"]["choice"], key=lambda e: e["doc_id"])
     assert [e["acc"] for e in samples] == mine["items"] and [e["acc_norm"] for e in samples] == mine["items_norm"]
     dense, _ = harness_run(harness, FTPLM(path, device="cpu", max_length=120), "choice", "rolling")
@@ -103,7 +102,7 @@ def test_harness_equals_evaluate(workshop, harness):
 def test_harness_command_line(workshop, harness, tmp_path):
     """As a user runs it: the harness's own command line, and mistakes in one line."""
     model = workshop[0]
-    args = lambda more: ["lm_eval_ftp.py", "--model", "ftp", "--model_args", f"pretrained={model}{more}", "--tasks", "choice",
+    args = lambda more: ["extras/lm_eval_ftp.py", "--model", "ftp", "--model_args", f"pretrained={model}{more}", "--tasks", "choice",
                          "--include_path", harness, "--output_path", tmp_path]
     got = call(*args(""))
     assert "acc_norm" in got.stdout and "ftp" in got.stdout
@@ -119,7 +118,7 @@ def test_harness_is_optional(tmp_path):
     import os
     import subprocess
     import sys
-    got = subprocess.run([sys.executable, ROOT / "lm_eval_ftp.py"], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(tmp_path)})
+    got = subprocess.run([sys.executable, ROOT / "extras" / "lm_eval_ftp.py"], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(tmp_path)})
     assert got.returncode == 2 and "pip install lm_eval==0.4.13" in got.stderr and len(got.stderr.strip().splitlines()) == 1
 
 
@@ -170,20 +169,20 @@ def test_floor_and_tasks_that_need_their_context(workshop, tmp_path):
     model, tok = FTPModel.from_pretrained(workshop[0]), data.load_tokenizer(workshop[0])
     hits = []
     for it in own:
-        score = [v / (len(c) - 1) for c in it["choices"] for v, _ in evaluate.score_pairs(model, [([tok.bos_token_id], tok(c)["input_ids"])], "causal")]
+        score = [v / (len(c) - 1) for c in it["choices"] for v, _ in evaluation.score_pairs(model, [([tok.bos_token_id], tok(c)["input_ids"])], "causal")]
         hits.append(score.index(max(score)) == it["answer"])
     for row in (dense, static):
         t = row["tasks"]
         assert t["hellaswag"]["floor"] == pytest.approx(sum(hits) / len(hits)) and t["part"]["floor"] == 0.5
         assert t["word"]["floor"] is None and t["qa"]["floor"] is None and 0 <= t["yes"]["floor"] <= 1
     s = Schedule.load(tmp_path / "schedule.json")
-    tasks = dict([data.load_task(f"hellaswag={d}/task.jsonl"), data.load_task(f"own={tmp_path}/own.jsonl")])
+    mine = dict([tasks.load_task(f"hellaswag={d}/task.jsonl"), tasks.load_task(f"own={tmp_path}/own.jsonl")])
     args = lambda f: argparse.Namespace(protocol="causal", floor=f, truncate=False)
-    saved = [evaluate.evaluate_row(model.use(s), tok, "x", args(f), tasks, {}, [([5] * 20, [6] * 8)], None)[0]
+    saved = [evaluation.evaluate_row(model.use(s), tok, "x", args(f), mine, {}, [([5] * 20, [6] * 8)], None)[0]
              ["flops_saved_total"] for f in (False, True)]
     assert saved[0] == saved[1]  # the floor is not counted as work of the row
     for key, names in (("retention", ("hellaswag", "part")), ("retention_context", ("word", "qa", "yes", "own"))):
-        pairs = [(evaluate.figure(t, static["tasks"][t]), evaluate.figure(t, dense["tasks"][t]), dense["tasks"][t]["chance"]) for t in names]
+        pairs = [(evaluation.figure(t, static["tasks"][t]), evaluation.figure(t, dense["tasks"][t]), dense["tasks"][t]["chance"]) for t in names]
         for k, values in ((key, [a / b for a, b, _ in pairs if b > 0]), (f"{key}_chance_corrected", [(a - c) / (b - c) for a, b, c in pairs if b > c])):
             assert static[k] == (pytest.approx(sum(values) / len(values)) if values else None)
     assert dense["tasks"]["hellaswag"]["chance"] == pytest.approx(1 / 3) and dense["tasks"]["part"]["chance"] == dense["tasks"]["yes"]["chance"] == 0.5
@@ -191,7 +190,7 @@ def test_floor_and_tasks_that_need_their_context(workshop, tmp_path):
     assert "floor" in out and "with context" in out and "without any question" in out
     for spec, say_so in ((f"long={tmp_path}/asks.jsonl", "none, qa, yes"), (f"none={tmp_path}/asks.jsonl", "no answer")):
         with pytest.raises(data.FTPError, match=say_so):
-            data.load_task(spec)
+            tasks.load_task(spec)
 
 
 def test_generated_answers(tiny):
@@ -205,17 +204,17 @@ def test_generated_answers(tiny):
         def decode(self, ids, **kw):
             return " The Red-Billed  hornbill!\nOr a parrot."
     items = [{"contexts": ["x"], "continuations": [a]} for a in ("a red-billed hornbill", "parrot", "the", "Hornbill.")]
-    assert evaluate.generated_hits(tiny, Words(), items, max_new_tokens=2, max_tokens=6) == [1.0, 0.0, 0.0, 1.0]
+    assert evaluation.generated_hits(tiny, Words(), items, max_new_tokens=2, max_tokens=6) == [1.0, 0.0, 0.0, 1.0]
 
 
 def test_retention():
     dense = {"a": {"acc": 0.5, "acc_norm": None, "chance": 0.25}, "piqa": {"acc": 0.1, "acc_norm": 0.9, "chance": 0.5},
              "b": {"acc": 0.2, "acc_norm": 0.2, "chance": 0.25}}
     mine = {"a": {"acc": 0.25, "acc_norm": None}, "piqa": {"acc": 0.9, "acc_norm": 0.7}, "b": {"acc": 0.2, "acc_norm": 0.0}}
-    plain, fixed, pooled = evaluate.retention(mine, dense)
+    plain, fixed, pooled = evaluation.retention(mine, dense)
     assert plain == pytest.approx((0.5 + 7 / 9 + 1) / 3) and fixed == pytest.approx((0 + 0.5) / 2)
     assert pooled == pytest.approx((0 + 0.2 - 0.05) / (0.25 + 0.4 - 0.05))
-    assert evaluate.retention({}, {}) == [None, None, None]
+    assert evaluation.retention({}, {}) == [None, None, None]
 
 
 def eval_file(path, rows, **settings):
@@ -291,8 +290,6 @@ def test_ablations(workshop, tmp_path, capsys):
 
 def test_ablation_spread(tmp_path, monkeypatch):
     """The KL over the base's: of one seed with the error over samples, of several with the deviation over seeds, each against its own base."""
-    sys.path.insert(0, str(ROOT / "analysis"))
-    import ablations
     monkeypatch.setattr(ablations, "figures", lambda kl: {"KL": sum(kl) / len(kl), "KL items": kl})
     done = {("base", ""): {0: [1.0, 2.0], 1: [3.0, 5.0]}, ("a", "x"): {0: [2.0, 3.0], 1: [3.0, 6.0]}, ("a", "y"): {1: [4.0, 5.0]}, ("a", "z"): {2: [1.0]}}
     lines = ablations.write(tmp_path, done, {})
@@ -302,8 +299,6 @@ def test_ablation_spread(tmp_path, monkeypatch):
 
 
 def test_ablation_table(tmp_path):
-    sys.path.insert(0, str(ROOT / "analysis"))
-    import ablations
     table = ablations.cells([8], [5])
     args = type("args", (), dict(out_dir=tmp_path, model="m", data="d", device="cpu", dtype="float32", sparsity=0.3, search="", train="--steps 5", finetune="",
                                  forecast="", evaluate=""))
@@ -312,9 +307,9 @@ def test_ablation_table(tmp_path):
     stages = {(script, folder) for steps in todo.values() for script, _, folder in steps}
     per_seed = {s: sum(script == s for script, _ in stages) / 3 for s in ablations.STAGES.values()}
     retrained = [c for c in table if c[0] != "protocol" and "finetune" not in c[2]]
-    assert per_seed == {"fit_forecaster.py": 1, "search_scheduler.py": 5, "train_router.py": len(retrained), "finetune_static.py": 1, "evaluate.py": len(table)}
+    assert per_seed == {"fit_late_kv.py": 1, "search_scheduler.py": 5, "train_router.py": len(retrained), "finetune_static.py": 1, "evaluate.py": len(table)}
     for script, words, _ in (s for steps in todo.values() for s in steps):  # every flag is one that the stage knows
-        known = (ROOT / script).read_text() + (ROOT / "common.py").read_text() + (ROOT / "search_scheduler.py").read_text()
+        known = (ROOT / script).read_text()
         assert all(f'"{w}"' in known for w in words if w.startswith("--"))
     done = {("base", ""): {}, ("router", "local"): {}}
     for cell, kl in zip(done, (0.1, 0.4)):

@@ -5,8 +5,11 @@ from conftest import TALLY, TORTURE, make_forecaster, make_router, tokens
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from config import quota
-from router import Schedule
+from lib import reference, scoring
+from lib.artefacts import Schedule
+from lib.config import quota
+from lib.flops import Meter
+from model_ftp import FTPModel
 
 L, D, V = 6, 32, 97
 bounded = settings(max_examples=500 if TORTURE else 80, deadline=None, derandomize=not TORTURE, database=None, print_blob=True,
@@ -14,7 +17,7 @@ bounded = settings(max_examples=500 if TORTURE else 80, deadline=None, derandomi
 
 shares = st.one_of(st.sampled_from([0.0, 1.0, 0.5]), st.floats(0, 1))
 schedules = st.builds(lambda first, rest: [first, *rest], st.sampled_from([0.0] * 9 + [1.0]), st.lists(shares, min_size=L - 1, max_size=L - 1))
-batches = st.lists(st.integers(1, 24).flatmap(lambda n: st.tuples(st.just(n), st.integers(1, n))), min_size=1, max_size=4)  # (tokens, of these prompt)
+batches = st.lists(st.tuples(st.integers(1, 20), st.integers(1, 8)), min_size=1, max_size=4)  # (prompt tokens, new ones)
 inputs = st.lists(st.sampled_from(["position", "place", "score", "rank", "sparsity", "forecast", "hidden"]), min_size=1, max_size=5, unique=True)
 routers = st.one_of(st.sampled_from(["static", "attention"]), st.fixed_dictionaries(dict(
     kind=st.sampled_from(["global", "local", "recurrent"]), inputs=inputs, width=st.integers(1, 16), score=st.sampled_from([1, 4, 16, "mean"]),
@@ -26,7 +29,6 @@ examples = st.tuples(schedules, batches, modes, st.integers(0, 2 ** 20))
 
 @pytest.fixture(scope="module")
 def model(folder):
-    from model_ftp import FTPModel
     m = FTPModel.from_pretrained(folder("gqa")[0])
     yield m
     m.use()
@@ -47,8 +49,26 @@ def setup(model, sparsity, mode):
     return model.use(s, **mode)
 
 
-def texts(batch, seed):
-    return [tokens(n, seed + i) for i, (n, _) in enumerate(batch)], [m for _, m in batch]
+def samples_of(batch, seed):
+    """[(prompt ids, ids of new tokens)] of an example."""
+    return [(tokens(n, seed + i), tokens(m, seed + 40 + i)) for i, (n, m) in enumerate(batch)]
+
+
+def gathered(model, samples, meter=None):
+    """Logits of prompts' and new tokens on the path that inference runs."""
+    pair = scoring.make_pair(model, samples)
+    with torch.no_grad():
+        return torch.cat([model.logits(s.x) for s in scoring.run_pair(model, pair, meter)])
+
+
+def masked(model, samples):
+    """The same by the masked reference."""
+    pair = scoring.make_pair(model, samples)
+    with torch.no_grad():
+        states = scoring.begin_pair(model, pair)
+        for l in range(L):
+            states, _ = reference.step_pair(model, l, pair, states)
+        return torch.cat([model.logits(s.x) for s in states])
 
 
 class Close(Exception):
@@ -56,26 +76,28 @@ class Close(Exception):
 
 
 def watched(model, run):
-    """run(), and of each route() in it the margins (NaN where none were asked for) and the mask."""
-    seen, route, margins = [], model.route, model.margins
+    """run(), and of each decision in it, about prompts or new tokens, the margins (NaN where none were asked for) and the mask."""
+    seen, real = [], {name: getattr(model, name) for name in ("route", "route_new", "margins")}
 
-    def keep_margins(l, p, s):
-        out = margins(l, p, s)
+    def keep_margins(l, batch, state):
+        out = real["margins"](l, batch, state)
         seen[-1][0] = out[0].detach().clone()
         return out
 
-    def keep_masks(l, p, noise=None):
-        seen.append([torch.full((len(p.x),), torch.nan), torch.ones(len(p.x), dtype=torch.bool)])
-        keep, q = route(l, p, noise)
-        if keep.rows is not None:
-            seen[-1][1] = keep.mask.clone()
-        return keep, q
+    def keep_masks(name):
+        def route(l, batch, state, noise=0.0):
+            seen.append([torch.full((len(batch.every),), torch.nan), None])
+            here = len(seen) - 1
+            kept, state = real[name](l, batch, state, noise)
+            seen[here][1] = kept.mask.clone()
+            return kept, state
+        return route
 
-    model.route, model.margins = keep_masks, keep_margins
+    model.route, model.route_new, model.margins = keep_masks("route"), keep_masks("route_new"), keep_margins
     try:
         return run(), seen
     finally:
-        del model.route, model.margins
+        del model.route, model.route_new, model.margins
 
 
 def same(model, a, seen_a, b, seen_b):
@@ -86,7 +108,7 @@ def same(model, a, seen_a, b, seen_b):
             wrong = keep != kept
             assert torch.allclose(m[wrong], n[wrong], atol=1e-4, rtol=1e-4), "decisions differ, with unlike margins"
             others = torch.cat((m.expand(len(m), -1).masked_fill(torch.eye(len(m), dtype=torch.bool), torch.inf)[wrong],
-                                torch.tensor([0.0, *(model.thresholds or [])]).expand(int(wrong.sum()), -1)), 1)
+                                torch.tensor([0.0, *(model.routing.thresholds or [])]).expand(int(wrong.sum()), -1)), 1)
             gap = (m[wrong][:, None] - others).abs().nan_to_num(torch.inf).min(1).values
             assert (gap < 1e-4 * (1 + m[wrong].abs())).all(), "decisions differ, and not by rounding"
             raise Close
@@ -107,8 +129,8 @@ def tallied(check):
 def test_gathered_equals_masked(model, example):
     sparsity, batch, mode, seed = example
     setup(model, sparsity, mode)
-    seqs, n = texts(batch, seed)
-    tallied(lambda: same(model, *watched(model, lambda: model.score_rows(seqs, n)), *watched(model, lambda: model.score_rows(seqs, n, masked=True))))
+    samples = samples_of(batch, seed)
+    tallied(lambda: same(model, *watched(model, lambda: gathered(model, samples)), *watched(model, lambda: masked(model, samples))))
 
 
 @bounded
@@ -116,14 +138,15 @@ def test_gathered_equals_masked(model, example):
 def test_batch_equals_single(model, example):
     sparsity, batch, mode, seed = example
     setup(model, sparsity, mode)
-    seqs, n = texts(batch, seed)
-    logits, seen = watched(model, lambda: model.score_rows(seqs, n))
-    first = 0
-    for s, m in zip(seqs, n):
-        rows = slice(first, first + len(s))
-        mine = [(margin[rows], mask[rows]) for margin, mask in seen]
-        tallied(lambda: same(model, logits[rows], mine, *watched(model, lambda: model.score_rows([s], [m]))))
-        first += len(s)
+    samples = samples_of(batch, seed)
+    logits, seen = watched(model, lambda: gathered(model, samples))
+    firsts, size = [0, 0], [sum(n for n, _ in batch), sum(m for _, m in batch)]
+    for sample, sizes in zip(samples, batch):
+        rows = [slice(f, f + n) for f, n in zip(firsts, sizes)]              # of the prompts, of the new tokens
+        mine = [(margin[rows[i % 2]], mask[rows[i % 2]]) for i, (margin, mask) in enumerate(seen)]
+        both = torch.cat((logits[:size[0]][rows[0]], logits[size[0]:][rows[1]]))
+        tallied(lambda: same(model, both, mine, *watched(model, lambda: gathered(model, [sample]))))
+        firsts = [f + n for f, n in zip(firsts, sizes)]
 
 
 @bounded
@@ -132,21 +155,22 @@ def test_budget_is_met_exactly(model, example):
     """Each prompt of a batch keeps its quota in each block, its ends among it; what was counted is what ran."""
     sparsity, batch, mode, seed = example
     setup(model, sparsity, {**mode, "prefill": "topk"})
-    seqs, n = texts(batch, seed)
-    p, TALLY["property checks"] = model.begin(seqs, n), TALLY["property checks"] + 1
-    sparsity = model.schedule.sparsity
+    n = [size for size, _ in batch]
+    packed, meter = model.batch([tokens(size, seed + i) for i, size in enumerate(n)]), Meter(model)
+    TALLY["property checks"] += 1
+    state, sparsity = model.begin(packed), model.routing.sparsity
     for l, s in enumerate(sparsity):
-        keep, _ = model.route(l, p)
-        assert keep.set_counts.tolist() == [quota(m, s) for m in n]
-        if keep.rows is not None:
-            by_sequence = torch.zeros(len(n), dtype=torch.int64).index_add(0, p.seq, (keep.mask & p.in_set).long())
-            assert by_sequence.tolist() == keep.set_counts.tolist() and keep.rows.tolist() == keep.mask.nonzero()[:, 0].tolist()
-            assert s >= 1 or keep.mask[p.ends].all()
-        p = model.step(l, p)
+        state = model.prefill_step(l, packed, state, meter=meter)
+        kept = state.kept
+        assert kept.counts.tolist() == [quota(m, s) for m in n]
+        if kept.rows is not None:
+            by_sequence = torch.zeros(len(n), dtype=torch.int64).index_add(0, packed.seq, kept.mask.long())
+            assert by_sequence.tolist() == kept.counts.tolist() and kept.rows.tolist() == kept.mask.nonzero()[:, 0].tolist()
+            assert s >= 1 or kept.mask[packed.ends].all()
     total = sum(n)
-    assert model.stats.total["prefill"] == total and model.stats.kept["prefill"] == [sum(quota(m, s) for m in n) for s in sparsity]
+    assert meter.total["prefill"] == total and meter.kept["prefill"] == [sum(quota(m, s) for m in n) for s in sparsity]
     want = [1 - sum(quota(m, s) for m in n) / total for s in sparsity]
-    assert model.stats.sparsity("prefill") == pytest.approx(want, abs=1e-9)
+    assert meter.sparsity("prefill") == pytest.approx(want, abs=1e-9)
 
 
 @bounded
@@ -155,14 +179,14 @@ def test_the_future_changes_nothing(model, example, later):
     """Tokens decoded after some moment leave the logits up to it alone, bit for bit in what is decided, and close in value."""
     sparsity, batch, mode, seed = example
     setup(model, sparsity, mode)
-    (n, m), a = batch[0], tokens(batch[0][0], seed)
-    one, two = a + tokens(later, seed + 1), a + tokens(later, seed + 2)
-    run = lambda s: lambda: model.score_rows([s], [m])[:n]
-    cut = lambda s: lambda: model.score_rows([s], [m], rows=slice(0, n))
+    (prompt, new), = samples_of(batch[:1], seed)
+    n, m = len(prompt), len(new)
+    run = lambda k: lambda: gathered(model, [(prompt, new + tokens(later, seed + k))])[:n + m]
 
     def check():
-        (x, seen_x), (y, seen_y) = watched(model, run(one)), watched(model, cut(two))
-        assert all(torch.equal(k[:n], q[:n]) for (_, k), (_, q) in zip(seen_x, seen_y))
+        (x, seen_x), (y, seen_y) = watched(model, run(1)), watched(model, run(2))
+        # decisions about the prompt, and about the new tokens up to that moment
+        assert all(torch.equal(k[:(n, m)[i % 2]], q[:(n, m)[i % 2]]) for i, ((_, k), (_, q)) in enumerate(zip(seen_x, seen_y)))
         assert torch.allclose(x, y, atol=1e-4, rtol=1e-4)
     tallied(check)
 
@@ -173,15 +197,15 @@ def test_cache_equals_one_pass_and_has_the_bytes_it_says(model, example, steps):
     """Prefill and decode, token by token and ragged, equal one pass; the cache holds what the decisions kept, and its bytes are computed right."""
     sparsity, batch, mode, seed = example
     setup(model, sparsity, mode)
-    prompts = [tokens(m, seed + i) for i, (_, m) in enumerate(batch)]
+    prompts = [tokens(n, seed + i) for i, (n, _) in enumerate(batch)]
     more = [tokens(1 + (seed + i) % steps, seed + 50 + i) for i in range(len(prompts))]
     cache = model.new_cache(len(prompts))
 
     def run():
-        out = [[x] for x in model.extend(prompts, cache, prompt=True, last_only=True)]
+        out = [[x] for x in model.prefill(prompts, cache)]
         for t in range(max(map(len, more))):
             rows = [b for b, m in enumerate(more) if t < len(m)]
-            for b, x in zip(rows, model.extend([[more[b][t]] for b in rows], cache, torch.tensor(rows))):
+            for b, x in zip(rows, model.extend([[more[b][t]] for b in rows], cache, rows)):
                 out[b].append(x)
         return out
 
@@ -199,6 +223,9 @@ def test_cache_equals_one_pass_and_has_the_bytes_it_says(model, example, steps):
         for t in range(len(m)):
             at = sum(t < len(other) for other in more[:b])
             places.append(slice(at, at + 1))
-        mine = [[torch.cat([turn[i][at] for turn, at in zip(turns, places)]) for i in (0, 1)] for turns in per_block]
-        alone = watched(model, lambda: model.score_rows([a + m], [len(a)], rows=slice(len(a) - 1, None)))
-        tallied(lambda: same(model, torch.stack(out[b]), mine, *alone))
+        mine = []
+        for turns in per_block:
+            cut = [[turn[i][at] for turn, at in zip(turns, places)] for i in (0, 1)]
+            mine += [(cut[0][0], cut[1][0]), (torch.cat(cut[0][1:]), torch.cat(cut[1][1:]))]
+        alone = watched(model, lambda: gathered(model, [(a, m)]))
+        tallied(lambda: same(model, torch.stack(out[b]), mine, alone[0][len(a) - 1:], alone[1]))

@@ -13,18 +13,23 @@ import pytest
 import torch
 from conftest import ROOT, make_router
 
-import data
-import evaluate
-from benchmark import Ours, Transformers
-from common import run
-from files import FTPError
-from model_ftp import FTPModel
-from router import Forecaster, Router, Schedule
-from search_scheduler import GRAIN, Fitness, allocate, crossover, mutate, repair
-from train_router import Order
+import search_scheduler
+import train_router
+from lib import data, evaluation, scoring, tasks
+from lib.artefacts import Schedule
+from lib.checkpoint import find_model
+from lib.files import FTPError
+from lib.flops import Meter
+from lib.guide import Order
+from lib.search import THOUSAND, Fitness, allocate, crossover, mutate, repair
+from lib.skipped import Forecaster
+from lib.stage import run
+from lib.timing import Ours, Transformers
+from model_ftp import FTPModel, Router
 
-SCRIPTS = ["prepare.py", "search_scheduler.py", "train_router.py", "finetune_static.py", "evaluate.py", "benchmark.py", "fit_forecaster.py",
-           "export.py", "convert.py", "analysis/baselines.py", "analysis/pareto.py", "analysis/ablations.py",
+SCRIPTS = ["prepare.py", "search_scheduler.py", "train_router.py", "finetune_static.py", "evaluate.py", "benchmark.py", "fit_late_kv.py", "sample.py",
+           "extras/export.py", "extras/convert.py", "analysis/rivals/make.py", "analysis/rivals/evaluate.py", "analysis/rivals/benchmark.py",
+           "analysis/pareto.py", "analysis/ablations.py", "analysis/demo.py",
            "analysis/redundancy.py", "analysis/schedules.py", "analysis/skips.py", "analysis/sweep.py"]
 
 
@@ -118,7 +123,6 @@ def test_search_resumes_to_the_same_result(made, workshop, tmp_path):
 
 def test_the_uniform_schedule_wins_where_it_is_better(workshop, tmp_path, monkeypatch, capsys):
     """A search that overfits its samples does no harm: the watched ones have the last word. Of three outcomes at least one is worse than uniform."""
-    import search_scheduler
     a, b = common(workshop, tmp_path)
     monkeypatch.setattr(sys, "argv", ["search_scheduler.py", *map(str, [*a, *b]), "--nsamples", "2", "--nwatch", "4"])
     threads, got = torch.get_num_threads(), {}
@@ -130,14 +134,13 @@ def test_the_uniform_schedule_wins_where_it_is_better(workshop, tmp_path, monkey
         got[steep] = s.meta["kl_watch_found"]
         assert s.meta["kl_watch"] == min(s.meta["kl_watch_found"], s.meta["kl_watch_uniform"])
         better = s.meta["kl_watch_found"] <= s.meta["kl_watch_uniform"]
-        assert [round(v * GRAIN) for v in s.sparsity] == found if better else max(s.sparsity) - min(s.sparsity[1:]) < 0.01
+        assert [round(v * THOUSAND) for v in s.sparsity] == found if better else max(s.sparsity) - min(s.sparsity[1:]) < 0.01
         assert ("uniform one is kept" in capsys.readouterr().out) == (not better)
     torch.set_num_threads(threads)
     assert max(got.values()) > got[0]     # at least one of them had to give way
 
 
 def test_training_resumes_to_the_same_result(made, workshop, tmp_path, monkeypatch):
-    import train_router
     argv = ["train_router.py", *map(str, [*common(workshop, tmp_path)[0], *common(workshop, tmp_path)[1]]), "--schedule", str(made / "schedule.json"),
             "--nsamples", "8", "--nwatch", "4", "--guide_evals", "13", "--guide_samples", "2", "--warmup", "30", "--eval_every", "4", "--steps", "8"]
     real, calls = train_router.save_state, []
@@ -195,7 +198,7 @@ def test_training_options(made, workshop, tmp_path, more):
 def test_every_individual_meets_the_target():
     rng = random.Random(0)
     for L, S in ((6, 0.22), (30, 0.3), (32, 0.4)):
-        total, top = round(S * L * GRAIN), 950
+        total, top = round(S * L * THOUSAND), 950
         u = allocate([1.0] * L, total, top, rng)
         v = allocate([rng.random() + 0.01 for _ in range(L)], total, top, rng)
         for _ in range(300):
@@ -203,7 +206,7 @@ def test_every_individual_meets_the_target():
             v = repair([rng.randint(-200, 1200) for _ in range(L)], total, top, rng)
             for w in (u, v):
                 assert sum(w) == total and w[0] == 0 and min(w) >= 0 and max(w) <= top
-                assert sum(x / GRAIN for x in w) / L == pytest.approx(S, abs=1e-12)
+                assert sum(x / THOUSAND for x in w) / L == pytest.approx(S, abs=1e-12)
 
 
 @pytest.mark.parametrize("group", [None, 1, 2])
@@ -212,7 +215,7 @@ def test_shared_work_changes_nothing(workshop, group):
     router = make_router(model, group=group) if group else "static"
     g = random.Random(1)
     samples = [([g.randrange(2, 258) for _ in range(30)], [g.randrange(2, 258) for _ in range(8)]) for _ in range(5)]
-    a, b = Fitness(model, samples, router), Fitness(model, samples, router, max_entries=0)
+    a, b = Fitness(model, samples, router), Fitness(model, samples, router, max_states=0)
     for u in ([0, 300, 300, 300, 300, 600], [0, 300, 300, 300, 600, 300], [0, 300, 300, 300, 300, 600], [0, 500, 300, 300, 400, 300]):
         assert torch.equal(a.items(u), b.items(u))
     assert a.blocks_run < b.blocks_run == 18
@@ -244,10 +247,10 @@ def test_scores_equal_hugging_face(workshop):
     from transformers import AutoModelForCausalLM
     path, d = workshop
     model, tok, hf = FTPModel.from_pretrained(path), data.load_tokenizer(path), AutoModelForCausalLM.from_pretrained(path)
-    _, items = data.load_task(f"mine={d}/task.jsonl")
-    pairs = [data.encode_pair(tok, a, b) for it in items for a, b in zip(it["contexts"], it["continuations"])]
-    got = evaluate.score_pairs(model, pairs, "causal")
-    joint = evaluate.score_pairs(model, pairs, "joint")
+    _, items = tasks.load_task(f"mine={d}/task.jsonl")
+    pairs = [tasks.encode_pair(tok, a, b) for it in items for a, b in zip(it["contexts"], it["continuations"])]
+    got = evaluation.score_pairs(model, pairs, "causal")
+    joint = evaluation.score_pairs(model, pairs, "joint")
     for (context, cont), (s, greedy), (j, _) in zip(pairs, got, joint):
         with torch.no_grad():
             logp = hf(torch.tensor([context + cont])).logits[0, len(context) - 1:-1].log_softmax(-1)
@@ -255,11 +258,11 @@ def test_scores_equal_hugging_face(workshop):
         assert s == pytest.approx(want, abs=1e-3) == j
         assert greedy == (logp.argmax(-1).tolist() == cont)
     model.use(Schedule([0.0, 0.3, 0.5, 0.3, 0.2, 0.5], model.fingerprint))
-    batch = evaluate.score_pairs(model, pairs, "causal")
-    single = [evaluate.score_pairs(model, [p], "causal")[0] for p in pairs]
+    batch = evaluation.score_pairs(model, pairs, "causal")
+    single = [evaluation.score_pairs(model, [p], "causal")[0] for p in pairs]
     assert [s for s, _ in batch] == pytest.approx([s for s, _ in single], abs=1e-4)
-    states, owner = model.response_states(pairs)
-    logp, _ = evaluate.pick(model.logits(states), [t for _, c in pairs for t in c])
+    states, owner = scoring.response_states(model, pairs)
+    logp, _ = evaluation.pick(model.logits(states), [t for _, c in pairs for t in c])
     assert [s for s, _ in batch] == pytest.approx([float(logp[owner == i].sum()) for i in range(len(pairs))], abs=1e-4)
 
 
@@ -268,7 +271,7 @@ def test_forecast_pipeline(workshop, tmp_path):
     a, b = common(workshop, tmp_path)
     texts = tmp_path / "texts.jsonl"
     texts.write_text("\n".join(json.dumps({"text": (workshop[1] / "book.txt").read_text()[i:i + 200]}) for i in range(0, 1600, 100)))
-    call("fit_forecaster.py", *a, *b, "--rank", 8)
+    call("fit_late_kv.py", *a, *b, "--rank", 8)
     more = ["--kv", "keep", "--forecaster", tmp_path / "forecaster.safetensors"]
     got = call("search_scheduler.py", *a, "--data", texts, "--max_prompt", 100, "--max_response", 20, "--nsamples", 4, "--nwatch", 2, "--population", 5,
                "--elite", 2, "--evaluations", 12, "--flops_saved", 0.2, *more)
@@ -280,18 +283,18 @@ def test_forecast_pipeline(workshop, tmp_path):
     assert call("search_scheduler.py", *a, *b, "--flops_saved", 0.97, *more, ok=False).returncode == 2
     # fitted again on what the schedule leads to, and tuned with a router that sees it
     mix = f"{b[1]},{texts},{workshop[1] / 'book.txt'}"
-    call("fit_forecaster.py", *a, "--data", mix, "--max_prompt", 60, "--nsamples", 40, "--rank", 8, "--schedule", tmp_path / "schedule.json")
+    call("fit_late_kv.py", *a, "--data", mix, "--max_prompt", 60, "--nsamples", 40, "--rank", 8, "--schedule", tmp_path / "schedule.json")
     again = Forecaster.load(tmp_path / "forecaster.safetensors")
     kv = tmp_path / "kv"
     call("search_scheduler.py", *a, *b, "--method", "late", "--flops_saved", 0.2, "--kv", "keep", "--nsamples", 4, "--nwatch", 2, "--out_dir", kv)
     late = Schedule.load(kv / "schedule.json")
     assert late.sparsity == sorted(late.sparsity) and late.sparsity[-1] > 0.9 and late.meta["flops_saved"] == pytest.approx(0.2, abs=0.04)
-    got = call("fit_forecaster.py", *a, *b, "--only_kv", "--keys", 0.5, "--schedule", kv / "schedule.json", "--tune", 6, "--tune_lr", 1e-3, "--nwatch", 4,
+    got = call("fit_late_kv.py", *a, *b, "--only_kv", "--keys", 0.5, "--schedule", kv / "schedule.json", "--tune", 6, "--tune_lr", 1e-3, "--nwatch", 4,
                "--out_dir", kv)
     narrow = Forecaster.load(kv / "forecaster.safetensors")
     assert narrow.b is None and narrow.first == sum(v == 0 for v in late.sparsity) and "before tuning" in got.stdout
     assert min(k for _, k in narrow.meta["tuning"]) <= narrow.meta["tuning"][0][1]
-    assert call("fit_forecaster.py", *a, *b, "--only_kv", ok=False).returncode == 2
+    assert call("fit_late_kv.py", *a, *b, "--only_kv", ok=False).returncode == 2
     call("evaluate.py", *a, *b, "--schedule", kv / "schedule.json", "--rows", "static", "--text", texts, "--context", 100, "--scored", 20, "--kv", "keep",
          "--forecaster", kv / "forecaster.safetensors", "--out_dir", kv)
     assert json.loads((kv / "eval.json").read_text())["rows"][1]["flops_saved_prefill"] == pytest.approx(0.2, abs=0.04)
@@ -326,10 +329,10 @@ def test_sweep(workshop, tmp_path):
 def test_benchmark(made, workshop, tmp_path):
     a = common(workshop, tmp_path)[0]
     got = call("benchmark.py", *a, "--schedule", made / "schedule_ft.json", "--router", made / "router.safetensors", "--decode", "threshold",
-               "--lengths", "32,64", "--batch_sizes", "1,2", "--rounds", 2, "--n_decode", 3, "--peers", "--verify")
-    o = json.loads(got.stdout.splitlines()[-1])
-    assert o["format"] == "ftp-bench-1" and o == json.loads((tmp_path / "bench.json").read_text())
-    assert {r["name"] for r in o["rows"]} == {"dense", "ftp", "static", "removal 2/6", "transformers"}
+               "--lengths", "32,64", "--batch_sizes", "1,2", "--rounds", 2, "--n_decode", 3, "--verify", "--json")
+    last, o = json.loads(got.stdout.splitlines()[-1]), json.loads((tmp_path / "bench.json").read_text())
+    assert o["format"] == last["format"] == "ftp-bench-1" and last["file"] == str(tmp_path / "bench.json")
+    assert {r["name"] for r in o["rows"]} == {"dense", "ftp", "static", "transformers"}  # removal of blocks: test_rivals.py
     for r in o["rows"]:
         assert r["median_ms"] > 0 and r["p10_ms"] <= r["median_ms"] <= r["p90_ms"] and r["kv_bytes"] > 0 and r["peak_mb"] > 1
         if r["name"] == "static" and r["phase"] == "prefill":
@@ -338,7 +341,7 @@ def test_benchmark(made, workshop, tmp_path):
     assert kv["dense"] == kv["transformers"] > kv["static"] > 0.65 * kv["dense"]
     assert 0 < o["router_share"]["ftp"]["64"] < 1
     apart = o["masked_difference"]
-    assert set(apart) == {"ftp", "static", "removal 2/6"} and set(apart["ftp"]) == {"1x32", "1x64", "2x32", "2x64"}
+    assert set(apart) == {"ftp", "static"} and set(apart["ftp"]) == {"1x32", "1x64", "2x32", "2x64"}
     assert all(0 <= d["logits"] < 1e-4 and d["decisions"] == 0 for t in apart.values() for d in t.values()) and apart["ftp"]["2x64"]["logits"] > 0
     got = call("benchmark.py", "--synthetic", "smollm2-135m", "--lengths", "8", "--rounds", 1, "--n_decode", 0, "--out_dir", tmp_path)
     assert "router 0.3" in got.stdout
@@ -436,14 +439,14 @@ def test_hub_tasks_from_local_data_sets(tmp_path, monkeypatch):
             "hellaswag": ("Run: He runs. The man", " goes."), "winogrande": ("Ann saw Sue because Sue", " was tall."),
             "piqa": ("Question: Open it\nAnswer:", " push"), "openbook_qa": ("The sun is", " c"), "lambada": ("They went to the", " sea"),
             "mmlu": ("The following are multiple choice questions (with answers) about high school physics.\n\nQ?\nA. a\nB. b\nC. c\nD. d\nAnswer:", " D")}
-    assert set(rows) == set(data.HUB)
+    assert set(rows) == set(tasks.HUB)
     for name, row in rows.items():
         folder = tmp_path / name
         folder.mkdir()
-        _, _, split, convert = data.HUB[name]
+        _, _, split, convert = tasks.HUB[name]
         (folder / f"{split}.jsonl").write_text(json.dumps(row) + "\n")
-        monkeypatch.setitem(data.HUB, name, (str(folder), None, split, convert))
-        _, (item,) = data.load_task(name)
+        monkeypatch.setitem(tasks.HUB, name, (str(folder), None, split, convert))
+        _, (item,) = tasks.load_task(name)
         i = item["answer"] or 0
         assert (item["contexts"][i], item["continuations"][i]) == want[name]
 
@@ -451,7 +454,7 @@ def test_hub_tasks_from_local_data_sets(tmp_path, monkeypatch):
 def test_readme_commands_parse(capsys):
     """Every command line in README.md and in the scripts' docstrings names a script and flags that exist."""
     text = (ROOT / "README.md").read_text() + "".join((ROOT / s).read_text().split('"""')[1] for s in SCRIPTS)
-    commands = re.findall(r"^\s*(?:\$ )?python ((?!lm_eval_ftp)(?:analysis/)?\w+\.py[^\n#]*)", text.replace("\\\n", " "), re.M)
+    commands = re.findall(r"^\s*(?:\$ )?python ((?!extras/lm_eval_ftp|analysis/report)(?:\w+/)*\w+\.py[^\n#]*)", text.replace("\\\n", " "), re.M)
     helps = {s: inside(s, "--help", capsys=capsys)[1] for s in SCRIPTS}
     assert len(commands) > 15
     for c in commands:
@@ -465,8 +468,8 @@ def test_readme_commands_parse(capsys):
 def test_one_process(workshop, tmp_path, capsys, monkeypatch):
     """What can't be spread over ranks says so under torchrun, before any rank writes over another's files."""
     monkeypatch.setenv("WORLD_SIZE", "2")
-    code, _, err = inside("fit_forecaster.py", *common(workshop, tmp_path)[0], capsys=capsys)
-    assert code == 2 and "fit_forecaster.py runs in one process" in err and not list(tmp_path.iterdir())
+    code, _, err = inside("fit_late_kv.py", *common(workshop, tmp_path)[0], capsys=capsys)
+    assert code == 2 and "fit_late_kv.py runs in one process" in err and not list(tmp_path.iterdir())
 
 
 @pytest.mark.embedded
@@ -480,7 +483,6 @@ def test_embedded_model(tmp_path):
         raise
     from transformers import AutoModelForCausalLM
 
-    from files import find_model
     model, hf = FTPModel.from_pretrained("smollm2"), AutoModelForCausalLM.from_pretrained(find_model("smollm2"))
     tok = data.load_tokenizer("smollm2")
     ids = data.render(tok, "What is the capital of France?")
@@ -490,8 +492,9 @@ def test_embedded_model(tmp_path):
     rows = [json.loads(line) for line in (ROOT / "prompts.jsonl").read_text().splitlines()[:48]]
     prompt = data.encode(tok, "\n".join(r["input"] for r in rows))[:256]
     for folder in sorted((ROOT / "artifacts").glob("smollm2-*")):  # what the repository carries fits this model, and saves what it says
-        model.use(folder / "schedule_ft.json", folder / "router.safetensors", decode="threshold")(torch.tensor([prompt]))
-        assert model.stats.saved("prefill") == pytest.approx(float(folder.name[-4:]), abs=0.01)
+        model.use(folder / "schedule_ft.json", folder / "router.safetensors", decode="threshold")
+        model.prefill([prompt], meter=(meter := Meter(model)))
+        assert meter.saved("prefill") == pytest.approx(float(folder.name[-4:]), abs=0.01)
     model.use()
     answers = model.generate([data.render(tok, r["instruction"], r["input"]) for r in rows], max_new_tokens=24, temperature=0.7)
     (tmp_path / "few.json").write_text(json.dumps([r | {"output": tok.decode(a)} for r, a in zip(rows, answers)]))
@@ -506,7 +509,7 @@ def test_embedded_model(tmp_path):
     assert rows["ftp"]["kl"] < rows["random"]["kl"]
     kv = tmp_path / "kv"
     call("search_scheduler.py", "--method", "late", "--flops_saved", 0.3, "--kv", "keep", *few, "--out_dir", kv)
-    call("fit_forecaster.py", "--only_kv", "--keys", 0.5, "--schedule", kv / "schedule.json", *few, "--tune", 20, "--out_dir", kv)
+    call("fit_late_kv.py", "--only_kv", "--keys", 0.5, "--schedule", kv / "schedule.json", *few, "--tune", 20, "--out_dir", kv)
     call("evaluate.py", "--schedule", kv / "schedule.json", "--kv", "keep", "--forecaster", kv / "forecaster.safetensors", "--rows", "static", "--text", "",
          "--data", tmp_path / "few.json", "--out_dir", kv, "--dtype", "auto")
     late = json.loads((kv / "eval.json").read_text())["rows"][-1]

@@ -1,0 +1,156 @@
+"""Rival methods, from the same calibration samples at the same share of prompt FLOPs saved.
+
+    python analysis/rivals/make.py --flops_saved 0.22,0.30,0.40       # all -> out/baselines/
+    python analysis/rivals/make.py --methods blockpruner --nsamples 64 --resume
+    python analysis/rivals/evaluate.py --rows "" --peer shortgpt=out/baselines/shortgpt_0.30.json
+    python analysis/rivals/evaluate.py --peer slicegpt=out/baselines/slicegpt_0.30
+    python analysis/rivals/benchmark.py --peer lazyllm=out/baselines/lazyllm_0.30.json+progressive
+
+In: a model and calibration text. Out: a schedule or a model folder for each method and share:
+
+    shortgpt     ShortGPT (arXiv 2403.03853): the blocks of lowest Block Influence go   schedule
+    blockpruner  BlockPruner (2406.10594): sub-blocks go one by one, each time the one
+                 whose absence leaves the best perplexity                               schedule
+    lazyllm      LazyLLM-like (2407.14057): prompt tokens drop out for good, in three
+                 steps, by the last token's attention                                   schedule
+    laco         LaCo (2402.11187): groups of blocks merged from the top; the paper's
+                 sum of differences                                                     folder
+    laco_last    LaCo as its notebook runs it: updated in place the sum telescopes, and
+                 the last block of the group stands for all                             folder
+    slicegpt     SliceGPT (2401.15024): each sub-block in its own principal components,
+                 of which the first stay                                                folder
+    width        structured width pruning, LLM-Pruner-like (2305.11627): MLP channels
+                 (and K/V heads) by |gradient x weight|                                 folder
+
+None is trained afterwards. Each takes the size nearest to the target; the share that it realises on
+the calibration prompts is stored. Folders but slicegpt's load in transformers too.
+
+Others need no script: first + recent under a uniform or BI schedule (search_scheduler.py --method
+uniform or bi --flops_saved), random and attention selection (--peer NAME=SCHEDULE+random), and a
+Mixture-of-Depths-like router that reads the hidden state (train_router.py --inputs hidden, then
+--peer NAME=SCHEDULE+ROUTER).
+"""
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
+
+import torch
+
+from analysis.rivals.common import read_tensors, realised, write_folder
+from analysis.rivals.laco import laco
+from analysis.rivals.lazyllm import LazyModel, lazyllm
+from analysis.rivals.removal import PartModel, blockpruner, shortgpt
+from analysis.rivals.slicegpt import slicegpt
+from analysis.rivals.width import width
+from lib.artefacts import Schedule
+from lib.checkpoint import find_model
+from lib.data import load_samples, load_tokenizer
+from lib.files import check
+from lib.stage import Parser, numbers, run, start, whole, words
+
+METHODS = ("shortgpt", "blockpruner", "lazyllm", "laco", "laco_last", "slicegpt", "width")
+FOLDERS = ("laco", "laco_last", "slicegpt", "width")    # methods that change weights
+
+
+def get_args():
+    p = Parser(__doc__)
+
+    add = p.add_argument_group("what is made").add_argument
+    add("--methods", default=",".join(METHODS), type=words,
+        help="comma list of the methods above")
+    # up to a share at which every method can follow
+    add("--flops_saved", default="0.30", type=numbers("(0, 0.45]"),
+        help="comma list of targets: share of the prompts' block FLOPs saved")
+    add("--kv_heads", default=0, type=whole("[0, inf)"),
+        help="K/V heads (with their queries) that width takes from a block beside the channels")
+    add("--resume", action="store_true", help="go on with an interrupted blockpruner")
+
+    add = p.add_argument_group("calibration data").add_argument
+    add("--data", default="self",
+        help='"self" (own answers), "text" (own texts), .json/.jsonl, .txt or datasets ids, '
+             "commas between")
+    add("--nsamples", default=32, type=whole("[1, inf)"), help="calibration samples")
+    add("--max_prompt", default=512, type=whole("[1, inf)"), help="longest prompt taken, tokens")
+    add("--max_response", default=64, type=whole("[1, inf)"), help="response tokens used")
+
+    add = p.add_argument_group("machine and output").add_argument
+    add("--model", default="smollm2",
+        help="smollm2 (after prepare.py), a Hugging Face folder, a hub id or GGUF file")
+    add("--out_dir", default="out/baselines", help="folder of the artefacts")
+    add("--seed", default=0, type=whole("[0, inf)"), help="seed of everything random")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu",
+        help="cpu, cuda, cuda:1, ...")
+    add("--device_map", default=None, help="not here: rivals are made on one device")
+    add("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"],
+        help="auto: bfloat16 where the device computes in it, else float32")
+    add("--threads", default=0, type=whole("[0, inf)"), help="CPU threads, 0: all cores")
+    return p.parse_args()
+
+
+def generators(args, source):
+    """{method: function (model, samples, levels) that yields level, artefact, notes}."""
+    # what a resumed blockpruner must have in common with the interrupted one
+    free = ("resume", "threads", "out_dir", "methods", "flops_saved")
+    settings = {flag: value for flag, value in vars(args).items() if flag not in free}
+    state = Path(args.out_dir) / "blockpruner_state.json"
+    changes_weights = set(args.methods) & set(FOLDERS)
+    tensors = read_tensors(source) if changes_weights else None
+    return {
+        "shortgpt": shortgpt,
+        "blockpruner": partial(blockpruner, state_path=state, resume=args.resume,
+                               settings=settings),
+        "lazyllm": lazyllm,
+        "laco": partial(laco, tensors=tensors),
+        "laco_last": partial(laco, tensors=tensors, last=True),
+        "slicegpt": partial(slicegpt, tensors=tensors),
+        "width": partial(width, tensors=tensors, folder=source, kv_heads=args.kv_heads),
+    }
+
+
+def save(made, path, meta, model, samples, source):
+    """Write a method's artefact to `path` -> where it is, and the share of FLOPs it saves."""
+    if not isinstance(made, Schedule):
+        return path, write_folder(source, path, made, meta, model, samples)
+    kind = LazyModel if meta["method"] == "lazyllm" else PartModel
+    saved = realised(kind.of(model).use(made), samples)
+    made.meta = meta | {"flops_saved": saved}
+    path = f"{path}.json"
+    made.save(path)
+    return path, saved
+
+
+def main():
+    args = get_args()
+    check(set(args.methods) <= set(METHODS),
+          f"--methods {','.join(args.methods)}: of {', '.join(METHODS)}")
+    check(not args.device_map, "--device_map: rivals are made on one device; leave it out")
+
+    # the model as it is: its weights are read, and some methods change them
+    model, config = start(args, pack=False)
+    source = find_model(args.model)
+    samples = load_samples(args.data, model, load_tokenizer(args.model), "train", args.nsamples,
+                           max_prompt=args.max_prompt, max_response=args.max_response,
+                           seed=args.seed)
+
+    # one method after the other, each artefact saved when it is there
+    methods = generators(args, source)
+    for method in args.methods:
+        began = time.time()
+        for level, made, notes in methods[method](model, samples, args.flops_saved):
+            seconds = round(time.time() - began, 1)
+            meta = {**config, "method": method, "flops_saved_target": level, **notes,
+                    "seconds": seconds}
+            path = Path(args.out_dir) / f"{method}_{level:.2f}"
+            path, saved = save(made, path, meta, model, samples, source)
+            brief = {key: value for key, value in notes.items()
+                     if not isinstance(value, (list, tuple))}
+            print(f"{method:12s} target {level:.2f}, {saved:.4f} of the prompts' block FLOPs "
+                  f"saved, {seconds} s {brief or ''} -> {path}", flush=True)
+            began = time.time()
+
+
+if __name__ == "__main__":
+    run(main)
