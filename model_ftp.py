@@ -476,9 +476,8 @@ class FTPModel(nn.Module):
     def forward(self, input_ids, attention_mask=None):
         """Logits (B, T, vocab) of the dense model for input_ids (B, T); 0 at pads.
 
-        attention_mask (B, T): 0 at pads, left or right, which are no tokens. FTPError while a
-        schedule is in use: a prompt is then routed as a whole, and no generation has the logits
-        of its inner positions.
+        attention_mask (B, T): 0 at pads, which are no tokens. FTPError while a schedule is in use:
+        a prompt is then routed as a whole, and no generation has logits of its inner positions.
         """
         check_input(input_ids)
         if any(self.routing.sparsity):
@@ -488,7 +487,7 @@ class FTPModel(nn.Module):
         real = real.cpu().bool()
         seqs = [ids[m].tolist() for ids, m in zip(input_ids.cpu(), real)]
         logits = self.logits(self.run(self.prefill_step, self.batch(seqs), None, None).x)
-        out = logits.new_zeros(*real.shape, logits.shape[1])    # packed rows back to their places
+        out = logits.new_zeros(*real.shape, logits.shape[1])    # packed rows go to their places
         out[real.to(out.device)] = logits
         return out
 
@@ -518,6 +517,7 @@ class FTPModel(nn.Module):
 
     def generate(self, prompts, max_new_tokens=64, **how):
         """Lists of token ids -> lists of new token ids, each up to its end token; see stream()."""
+        prompts = id_lists(prompts)
         out = [[] for _ in prompts]
         for step in self.stream(prompts, max_new_tokens, **how):
             for o, t in zip(out, step):

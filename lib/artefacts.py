@@ -61,7 +61,7 @@ class Schedule:
 
     def __post_init__(self):
         s, mend = self.sparsity, "make the schedule again"
-        numbers = s and not misfit(s, [float])
+        numbers = isinstance(s, list) and s and not misfit(s, [float])
         check(numbers and all(0 <= v <= 1 for v in s),
               f"--schedule: sparsities must be a list of numbers in [0, 1]; {mend}")
         check(s[0] in (0, 1),
@@ -108,6 +108,7 @@ class Schedule:
     def uniform(cls, model, sparsity):
         """The same sparsity in every block but the first, with mean `sparsity`."""
         n = model.config.n_layer
+        check(not misfit(sparsity, float), f"--sparsity {sparsity}: give a number")
         s = sparsity * n / (n - 1)
         check(0 <= s < 1, f"--sparsity {sparsity}: out of range for a uniform schedule; "
                           f"give 0 <= S < {(n - 1) / n:.3f}")

@@ -7,7 +7,7 @@ threshold: the quantile of the margins of calibration responses.
 """
 import torch
 
-from lib.files import check
+from lib.files import check, misfit
 from lib.routing import with_thresholds
 from lib.scoring import begin_pair, make_pair, step_pair
 
@@ -26,6 +26,10 @@ def calibrate_decode(model, samples, sparsity=None):
     routing = model.routing
     check(routing.learned, "--decode threshold: only a trained router has margins to calibrate; "
                            "give --router")
+    check(sparsity is None or not misfit(sparsity, float) and 0 <= sparsity < 1,
+          f"--decode_sparsity {sparsity}: must lie in [0, 1)")
+    check(isinstance(samples, list) and samples and all(len(s) == 2 for s in samples),
+          "--data: give a list of samples, (prompt ids, response ids) each")
     shares = skip_shares(routing.schedule, sparsity)
     pair = make_pair(model, samples)
     thresholds = [0.0] * len(shares)

@@ -35,6 +35,7 @@ def find_model(path):
     path: "smollm2" (made by prepare.py), a local folder, a GGUF file (converted once, into
     models/gguf), or a hub id, which is fetched into the hub's cache. FTPError on anything else.
     """
+    check(isinstance(path, (str, Path)) and str(path), f"--model {path!r}: give a name or a path")
     name, path = str(path), Path(path)
     if name == "smollm2":
         folder = HOME / "smollm2"

@@ -188,7 +188,7 @@ def save_lines(path, lines):
     save_files({path: lambda temporary: temporary.write_text(text)})
 
 
-def self_responses(model, tokenizer, seed=0, max_new_tokens=64, batch_size=128):
+def self_responses(model, tokenizer, seed=0, max_new_tokens=64, batch_size=32):
     """Rows of this repository's prompts with responses that `model` writes once."""
     rows = read_rows(PROMPTS)
     prompts = [render(tokenizer, r["instruction"], r["input"]) for r in rows]

@@ -124,10 +124,10 @@ def tensors_id(tensors):
     return h.hexdigest()[:12]
 
 
-def save_tensors(path, tensors, twin):
-    """Write path.safetensors (float32) and its readable JSON twin, each atomically."""
+def save_tensors(path, tensors, twin, dtype=torch.float32):
+    """Write path.safetensors in `dtype` and its readable JSON twin, each atomically."""
     path = Path(path).with_suffix(".safetensors")
-    tensors = {name: t.detach().float().cpu().contiguous() for name, t in tensors.items()}
+    tensors = {name: t.detach().to(dtype).cpu().contiguous() for name, t in tensors.items()}
     twin = {**twin, "id": tensors_id(tensors)}
 
     def fill(part):

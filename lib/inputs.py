@@ -58,13 +58,18 @@ def check_ids(seqs, vocab):
                                      f"vocabulary of {vocab}; use the model's tokenizer")
 
 
+def is_number(value):
+    """Whether it is a finite number."""
+    return isinstance(value, (int, float)) and math.isfinite(value)
+
+
 def check_generation(prompts, max_new_tokens, temperature, top_p, max_len):
     """FTPError where arguments of generate() are out of range."""
     check(isinstance(max_new_tokens, int) and max_new_tokens > 0,
           f"max_new_tokens={max_new_tokens}: must be a whole number of at least 1")
-    check(math.isfinite(temperature) and temperature >= 0,
+    check(is_number(temperature) and temperature >= 0,
           f"temperature={temperature}: must be at least 0; 0 is greedy")
-    check(0 < top_p <= 1, f"top_p={top_p}: must lie in (0, 1]")
+    check(is_number(top_p) and 0 < top_p <= 1, f"top_p={top_p}: must lie in (0, 1]")
     longest = max(map(len, prompts))
     check(longest + max_new_tokens - 1 <= max_len,      # the last new token is not run
           f"a prompt of {longest} tokens and {max_new_tokens} new ones exceed the model's "

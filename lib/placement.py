@@ -4,7 +4,7 @@ from dataclasses import fields, replace
 
 import torch
 
-from lib.checkpoint import load_weights, read_config
+from lib.checkpoint import exported_routing, load_weights, read_config
 from lib.files import check
 from model_ftp import FTPModel
 
@@ -29,6 +29,8 @@ class PlacedModel(FTPModel):
             model = cls(config)
         load_weights(model, folder, dtype, device_of)
         model.name = str(path)
+        if routing := exported_routing(folder):
+            model.use(**routing)
         return model.eval()
 
     def place_of(self, l):

@@ -95,6 +95,14 @@ def make_routing(model, schedule=None, router="static", *, prefill="topk", decod
     schedule = Schedule.load(schedule) if isinstance(schedule, (str, Path)) else schedule
     if isinstance(forecaster, (str, Path)):
         forecaster = Forecaster.load(forecaster)
+    check(forecaster is None or isinstance(forecaster, Forecaster),
+          "--forecaster: give a Forecaster or the path of its file")
+    check(schedule is None or isinstance(schedule, Schedule),
+          "--schedule: give a Schedule or the path of its file")
+    check(group is None or type(group) is int and group > 0,
+          f"--group {group}: must be a whole number of at least 1")
+    check(score in (None, "mean") or type(score) is int and score > 0,
+          f"--score {score}: give a number of queries, or mean")
     if schedule is None:
         check(router == "static", "--router: without a schedule it decides nothing; give one")
         return Routing.dense(model.config.n_layer)

@@ -385,7 +385,8 @@ def start(args, build=None, pack=True):
         model = FTPModel.from_pretrained(args.model, dtype, device)
     if pack:
         pack_weights(model)
-    info |= {"settings": vars(args), "split": SPLIT, "model": model.name, "fingerprint": model.fingerprint}
+    info |= {"settings": vars(args), "split": SPLIT, "model": model.name,
+             "fingerprint": model.fingerprint}
     return model, info
 
 

@@ -1,0 +1,71 @@
+"""Put artefacts of the embedded model under a name that --pruned takes, with their quality.
+
+    python analysis/ship.py ftp-0.30 --schedule out/schedule_ft.json \\
+        --router out/router.safetensors --eval out/eval.json --row ftp
+    python analysis/ship.py late-0.30 --schedule out/kv/schedule.json --kv keep \\
+        --forecaster out/kv/forecaster.safetensors --eval out/kv/eval.json --row static
+
+In: artefacts, and the eval.json that measured them. Out: artifacts/smollm2/NAME/ with its
+shipped.json. Maps of late keys and values are stored in bfloat16.
+"""
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+
+from lib.artefacts import Schedule
+from lib.files import check, load_json, save_json
+from lib.shipped import FOLDER
+from lib.skipped import Forecaster
+from lib.stage import Parser, commit, run
+from model_ftp import Router
+
+
+def get_args():
+    p = Parser(__doc__)
+    add = p.add_argument_group("what to ship").add_argument
+    add("name", help="like ftp-0.30")
+    add("--schedule", required=True, help="its schedule")
+    add("--router", default="static", help="its router, or static")
+    add("--forecaster", default=None, help="its late keys and values")
+    add("--kv", default="drop", choices=["drop", "keep"], help="K/V of skipped tokens")
+    add("--eval", required=True, help="the eval.json that measured it")
+    add("--row", required=True, help="its row there")
+    add("--command", default="make demo", help="the command that made it")
+    return p.parse_args()
+
+
+def main():
+    args = get_args()
+    evaluated = load_json(args.eval, "ftp-eval-1", "--eval")
+    rows = {row["name"]: row for row in evaluated["rows"]}
+    check(args.row in rows, f"--row {args.row}: not in {args.eval}; choose from {', '.join(rows)}")
+    row, folder = rows[args.row], FOLDER / args.name
+
+    # the artefacts, by the names that shipped.json tells
+    Schedule.load(args.schedule).save(folder / "schedule.json")
+    use = {"schedule": "schedule.json", "router": "static", "kv": args.kv}
+    if args.router != "static":
+        Router.load(args.router).save(folder / "router.safetensors")
+        use["router"] = "router.safetensors"
+    if args.forecaster:
+        forecaster = Forecaster.load(args.forecaster)
+        forecaster.save(folder / "forecaster.safetensors", torch.bfloat16)
+        use["forecaster"] = "forecaster.safetensors"
+
+    # what was measured, and on what
+    config = evaluated["config"]
+    save_json(folder / "shipped.json", {
+        "format": "ftp-shipped-1", "use": use, "command": args.command, "commit": commit(),
+        "measured": {"kl": row["kl"], "kl_stderr": row["kl_stderr"], "ppl": row["ppl"],
+                     "dense_ppl": rows["dense"]["ppl"], "flops_saved": row["flops_saved_prefill"],
+                     "sparsity": row["sparsity_prefill"], "device": config["device"],
+                     "dtype": config["dtype"], "settings": config["settings"]}})
+    print(f"-> {folder}: KL {row['kl']:.4f}, {100 * row['flops_saved_prefill']:.1f} % of the "
+          "prompts' FLOPs saved")
+
+
+if __name__ == "__main__":
+    run(main)
