@@ -62,20 +62,20 @@ def steps(out, sparsity):
         Step("stage 1: search a schedule",
              "how many tokens may skip each block? A genetic search, tokens chosen by position "
              "alone, judged by KL to the dense model", 75,
-             ["search_scheduler.py", "--sparsity", s, "--nsamples", "12", "--nwatch", "16",
-              "--evaluations", "48", "--patience", "3", "--out_dir", out],
+             ["search_scheduler.py", "--sparsity", s, "--nsamples", "8", "--nwatch", "12",
+              "--evaluations", "24", "--patience", "3", "--out_dir", out],
              lambda: search_result(f"{out}/schedule.json")),
         Step("stage 2: train the router",
              "which tokens? A 2-layer MLP on four cheap factors learns it, the LLM stays frozen",
-             110, ["train_router.py", "--schedule", f"{out}/schedule.json", "--steps", "24",
-                   "--eval_every", "8", "--nwatch", "16", "--guide_evals", "32",
-                   "--guide_samples", "12", "--warmup", "800", "--out_dir", out],
+             110, ["train_router.py", "--schedule", f"{out}/schedule.json", "--steps", "12",
+                   "--eval_every", "6", "--nwatch", "12", "--guide_evals", "20",
+                   "--guide_samples", "8", "--warmup", "800", "--out_dir", out],
              lambda: router_result(f"{out}/router.json")),
         Step("stage 3: search again around the schedule found",
              "with the trained router in place, small moves", 50,
              ["finetune_static.py", "--schedule", f"{out}/schedule.json",
-              "--router", f"{out}/router.safetensors", "--nsamples", "12", "--nwatch", "16",
-              "--evaluations", "24", "--out_dir", out],
+              "--router", f"{out}/router.safetensors", "--nsamples", "8", "--nwatch", "12",
+              "--evaluations", "12", "--out_dir", out],
              lambda: finetune_result(f"{out}/schedule_ft.json")),
         Step("late keys and values: the schedule",
              "beyond the paper: skip the last blocks whole, for all prompt tokens but two", 10,
@@ -84,25 +84,25 @@ def steps(out, sparsity):
         Step("late keys and values: the maps",
              "one linear map a block stands for the keys and values that would be missing", 90,
              ["fit_late_kv.py", "--only_kv", "--keys", "0.5", "--data", "self,text",
-              "--schedule", f"{out}/kv/schedule.json", "--tune", "80", "--tune_samples", "120",
-              "--nwatch", "16", "--out_dir", f"{out}/kv"],
+              "--nsamples", "100", "--schedule", f"{out}/kv/schedule.json", "--tune", "60",
+              "--tune_samples", "100", "--nwatch", "12", "--eval_every", "20",
+              "--out_dir", f"{out}/kv"],
              lambda: late_result(f"{out}/kv/forecaster.json")),
         Step("measure quality", "on prompts that none of the stages saw", 60,
-             ["evaluate.py", *ftp, "--rows", "uniform,static,ftp", "--nsamples", "40",
-              "--nwindows", "40", "--out_dir", out]),
+             ["evaluate.py", *ftp, "--rows", "uniform,static,ftp", "--nsamples", "32",
+              "--nwindows", "24", "--out_dir", out]),
         Step("measure quality of late keys and values", "on the same prompts", 25,
-             ["evaluate.py", *late, "--rows", "static", "--nsamples", "40", "--nwindows", "40",
+             ["evaluate.py", *late, "--rows", "static", "--nsamples", "32", "--nwindows", "24",
               "--out_dir", f"{out}/kv"]),
         Step("measure speed", "wall-clock of prefill and decoding, in turns with the dense model "
              "and with transformers", 40,
-             ["benchmark.py", *ftp, "--lengths", "256,1024", "--rounds", "5", "--n_decode", "8",
+             ["benchmark.py", *ftp, "--lengths", "256,1024", "--rounds", "3", "--n_decode", "4",
               "--out_dir", out]),
         Step("measure speed of late keys and values", "likewise", 25,
-             ["benchmark.py", *late, "--lengths", "256,1024", "--rounds", "5", "--n_decode", "8",
+             ["benchmark.py", *late, "--lengths", "256,1024", "--rounds", "3", "--n_decode", "4",
               "--no_hf", "--out_dir", f"{out}/kv"]),
-        Step("draw the page", "what was skipped, token by token, and all tables", 20,
-             ["analysis/report.py", *ftp, "--eval", f"{out}/eval.json",
-              "--bench", f"{out}/bench.json", "--out_dir", out]),
+        Step("draw what was skipped", "token by token, and block by block", 20,
+             ["analysis/skips.py", *ftp, "--out_dir", out]),
     ]
 
 
@@ -205,7 +205,7 @@ def main():
     print(f"\n{closing_table(args.out_dir)}\n")
     print("KL and perplexity of held-out answers, prompt pruned, answer decoded densely; speed-up "
           "of the prompt's pass, by the clock.")
-    print(f"page: {out}/report.html   tables: {out}/eval.json, {out}/bench.json   "
+    print(f"picture: {out}/skips.png   tables: {out}/eval.json, {out}/bench.json   "
           f"full log: {out}/log.txt   {time.time() - began:.0f} s in all")
     print("next: source .venv/bin/activate, then: python sample.py --schedule "
           f"{out}/schedule_ft.json --router {out}/router.safetensors")

@@ -222,6 +222,7 @@ def load_tensors(path, kind, flag, form):
     FTPError on weights and twin of different runs. Where a run was killed between its two renames,
     the twin still lies beside the old one under its temporary name.
     """
+    check(Path(path).name, f"{flag}: {path or 'an empty name'} is no file; give its path")
     path = Path(path).with_suffix(".safetensors")
     tensors, _ = read_tensors(path, flag)
     twin, left = path.with_suffix(".json"), path.with_suffix(".json.tmp")

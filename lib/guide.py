@@ -62,6 +62,7 @@ class Order:
     def of_router(cls, path):
         """The guide that the router file at `path` was trained with. FTPError if it has none."""
         form = {"curve": [float], "weights": [float], "head": int, "tail": int}
+        check(Path(path).name, f"--guide {path}: no file; give a router's, or search or static")
         twin = Path(path).with_suffix(".json")
         stored = load_json(twin, "ftp-router-1", "--guide", {"meta": {"guide": form}})
         guide = stored["meta"]["guide"]

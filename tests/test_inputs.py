@@ -11,12 +11,11 @@ from safetensors.torch import load_file, save_file
 from test_model import gathered_rows, masked_rows
 from test_stages import common, inside
 
-from lib import data, tasks
+from lib import data, scoring, tasks
 from lib.artefacts import Schedule
 from lib.evaluation import check_length, evaluate_task
 from lib.files import FTPError, save_json, save_tensors
 from lib.flops import Meter
-from lib.scoring import response_states
 from lib.skipped import Forecaster
 from model_ftp import FTPModel, Router
 
@@ -41,16 +40,17 @@ def test_prompts_at_the_edges(tiny, schedule):
     assert len(tiny.generate([tokens(most)], 1)[0]) == 1 and len(tiny.generate([tokens(most - 9)], 10, eos=())[0]) == 10
     for n, new in ((most + 1, 1), (most - 9, 11)):
         refused(f"exceed the model's {most}", tiny.generate, [tokens(n)], new)
-    refused(f"more than the model's {most}", tiny.prefill, [tokens(most + 1)])
-    refused(f"more than the model's {most}", response_states, tiny, [(tokens(5), tokens(most - 4))])
+    refused(f"more than the model's {most}", scoring.after_prompt, tiny, [tokens(most + 1)], [5])
+    refused(f"more than the model's {most}", tiny.use(), torch.tensor([tokens(most + 1)]))
     tiny.use()
 
 
 def test_pads_are_no_tokens(tiny, schedule):
-    """Rows padded at their left or right, with any id, give the logits of the rows alone, and zeros at the pads. (Routed prompts are never padded: a
-    batch of them equals each alone in test_model.py.)"""
+    """Rows padded at their left or right, with any id, give the logits of the rows alone, and zeros at the pads."""
+    # dense only: under a schedule the model refuses (see below), and after_prompt() takes lists, which need no pads
+    # (test_model.py compares it, and the masked reference, in batches of unequal rows)
     rows = [tokens(12, 1), tokens(7, 2), tokens(1, 3)]
-    want = [tiny(torch.tensor([r]))[0] for r in rows]
+    want = [tiny.use()(torch.tensor([r]))[0] for r in rows]
     for left in (True, False):
         ids, mask = torch.randint(0, 97, (3, 12)), torch.zeros(3, 12, dtype=torch.int64)
         at = [slice(12 - len(r), 12) if left else slice(0, len(r)) for r in rows]
@@ -60,8 +60,11 @@ def test_pads_are_no_tokens(tiny, schedule):
         for b in range(3):
             assert torch.allclose(got[b, at[b]], want[b], atol=1e-4) and not got[b][mask[b] == 0].any()
     refused("empty prompt", tiny, torch.ones(2, 3, dtype=torch.int64), attention_mask=torch.tensor([[1, 1, 1], [0, 0, 0]]))
-    tiny.use(schedule)
-    refused("not causal", tiny, torch.tensor([tokens(9)]))
+    tiny.use(schedule, make_router(tiny, schedule))
+    refused("not causal", tiny, ids, attention_mask=mask)
+    alone = [scoring.after_prompt(tiny, [r], [min(5, len(r))])[0] for r in rows]
+    for got, one in zip(scoring.after_prompt(tiny, rows, [5, 5, 1]), alone):
+        assert torch.allclose(got, one, atol=1e-4)
     tiny.use()
 
 
@@ -73,13 +76,16 @@ def test_extreme_schedules(tiny, sparsity, kv):
     tiny.use(Schedule(sparsity, tiny.fingerprint), kv=kv, decode="rule")
     got = tiny.generate(seqs, 5, eos=())
     assert got == [tiny.generate([s], 5, eos=())[0] for s in seqs]
-    samples = [(seqs[0][:20], seqs[0][20:]), (seqs[1], [5]), (seqs[2], [6])]
-    logits = torch.cat(gathered_rows(tiny, samples))
-    assert torch.allclose(logits, torch.cat(masked_rows(tiny, samples)), atol=1e-4)
+    samples = [(seqs[0][:20], seqs[0][20:]), (seqs[1], [5]), (seqs[2], [7])]
+    logits = gathered_rows(tiny, samples)
+    assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(logits, masked_rows(tiny, samples)))
     if sparsity[0] == 1:
-        ids = [t for part in (0, 1) for s in samples for t in s[part]]
-        tiny.prefill(seqs, cache := tiny.new_cache(3))
-        assert torch.allclose(logits, tiny.logits(tiny.embed.weight[torch.tensor(ids)]), atol=1e-5) and cache.bytes() == (0, 0)
+        for got, part in zip(logits, zip(*samples)):
+            assert torch.allclose(got, tiny.logits(tiny.embed.weight[torch.tensor([t for s in part for t in s])]), atol=1e-5)
+        cache = tiny.new_cache(3)
+        tiny.prefill(seqs, cache)
+        tiny.extend([[5], [6], [7]], cache)
+        assert cache.bytes() == (0, 0)
     tiny.use()
 
 
@@ -108,8 +114,13 @@ def test_nan_names_its_block(folder, value):
     cache = m.new_cache(1)
     m.prefill([tokens(9)], cache)
     m.blocks[3].down.weight.data[4, 7] = value
-    for run in (lambda: m.generate([tokens(9)], 2), lambda: response_states(m, [(tokens(9), tokens(4))]), lambda: m.extend([[5]], cache)):
+    for run in (lambda: m.generate([tokens(9)], 2), lambda: scoring.after_prompt(m, [tokens(9)], [4]),
+                lambda: scoring.response_states(m, [(tokens(9), tokens(4))]), lambda: m.extend([[5]], cache)):
         refused("after block 3,", run)
+    # the masked reference only trains: the loss is checked there (test_a_loss_that_is_not_finite_ends_the_training, in test_stages.py)
+    routing = m.routing
+    refused("after block 3,", m.use(), torch.tensor([tokens(9)]))
+    m.routing = routing
     m.blocks[3].down.weight.data[4, 7] = 1e30  # finite weights, infinite products
     m.blocks[4].norm2.weight.data[:] = 1e30
     refused("after block [34],", m.generate, [tokens(9)], 2)
@@ -236,8 +247,8 @@ def test_texts_beyond_the_models_length(workshop, tmp_path, capsys):
     short = [{"contexts": ["x" * 510], "continuations": [" y"], "answer": None}]
     assert evaluate_task(model, tok, items, "causal", truncate=True) == evaluate_task(model, tok, short, "causal")
     (tmp_path / "t.jsonl").write_text(json.dumps({"context": "x" * 600, "word": " y"}))
-    held = [i for i, split in enumerate(data.splits_of(24)) if split == "heldout"][:3]
-    (tmp_path / "a.json").write_text(json.dumps([{"instruction": "z" * (600 if i in held else 9), "output": "o" * 20} for i in range(24)]))
+    long = [i for i, split in enumerate(data.splits_of(24)) if split == "heldout"][:3]
+    (tmp_path / "a.json").write_text(json.dumps([{"instruction": "z" * (600 if i in long else 9), "output": "o" * 20} for i in range(24)]))
     a, b = common(workshop, tmp_path)
     words = ["evaluate.py", *a, *b, "--rows", "dense", "--text", "", "--tasks", f"t={tmp_path}/t.jsonl"]
     code, out, err = inside(*words, capsys=capsys)
