@@ -37,7 +37,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ALONE = ("fit_late_kv.py", "benchmark.py", "sample.py")
 
 # How data is parted, see lib/data.splits_of(); stored in each artefact.
-SPLIT = {"seed": 0, "of_four": ["train", "train", "watch", "heldout"]}
+SPLIT: dict = {"seed": 0, "of_four": ["train", "train", "watch", "heldout"]}
 
 # {file: what it holds}: what a stage has saved so far, and the flag that goes on from it. They are
 # for the line that Ctrl-C ends in, which run() prints from outside of the stage.

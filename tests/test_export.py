@@ -7,11 +7,8 @@ import torch
 from conftest import make_router, tokens
 from test_stages import inside
 
-from lib import scoring
 from lib.artefacts import Schedule
-from lib.evaluation import score_pairs
 from lib.files import FTPError, load_json
-from lib.flops import Meter
 from lib.forecast import fit
 from model_ftp import FTPModel, Router
 
