@@ -98,7 +98,7 @@ def chat_ids(tokenizer, turns, system):
 def stream_answer(model, tokenizer, prompt, args):
     """Generate after `prompt` (ids), printing as it comes -> Answer. Ctrl-C ends the answer."""
     answer, began = Answer(meter=Meter(model)), time.perf_counter()
-    cache = model.new_cache(1)
+    cache = model.new_cache(1)                            # keys and values of this answer alone
     rng = torch.Generator(model.device).manual_seed(args.seed)
     try:
         # the prompt in one pass: all that pruning makes faster is behind this line
@@ -106,7 +106,7 @@ def stream_answer(model, tokenizer, prompt, args):
         for i in range(args.max_new_tokens):
             token = int(sample(logits, args.temperature, args.top_p, rng))
             answer.seconds.append(time.perf_counter() - began)
-            if token in model.config.eos:
+            if token in model.config.eos:                 # counted in time, not shown
                 break
             answer.ids.append(token)
             text = tokenizer.decode(answer.ids, skip_special_tokens=True)
@@ -142,6 +142,7 @@ def shaded(tokenizer, prompt, computed):
 def say_timing(name, answer, dense=None):
     """One line: time to the first token, time a token, what was saved; beside dense if given."""
     first = answer.seconds[0] if answer.seconds else float("nan")
+    # the first token pays for the prompt, the others for themselves
     each = (answer.seconds[-1] - first) / max(len(answer.seconds) - 1, 1)
     parts = [f"first token after {1e3 * first:.0f} ms", f"then {1e3 * each:.1f} ms a token"]
     if name == PRUNED:
@@ -157,7 +158,7 @@ class Speaker:
 
     def __init__(self, model, tokenizer, args):
         self.model, self.tokenizer, self.args = model, tokenizer, args
-        self.routing = use_pruned(model, args)
+        self.routing = use_pruned(model, args)            # checked once, then only put in place
 
     def answer(self, name, prompt):
         """Stream one answer to `prompt` (ids), with a line of timing -> Answer."""
@@ -228,15 +229,15 @@ def ask_once(speaker, prompt):
 
 def chat(speaker, system):
     """Read lines, answer them with the history as prompt, until Ctrl-D."""
-    who, turns, last = PRUNED, [], None
+    who, turns, last = PRUNED, [], None                   # last: prompt and map for /skips
     print("type and press return; /dense, /pruned, /skips; Ctrl-C ends an answer, Ctrl-D the chat")
     while True:
         try:
             line = input(f"\n{who}> ").strip()
-        except EOFError:
+        except EOFError:                                  # Ctrl-D
             print()
             return
-        except KeyboardInterrupt:
+        except KeyboardInterrupt:                         # Ctrl-C at the prompt: a new line
             print()
             continue
         if line in ("/dense", "/pruned"):

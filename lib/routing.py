@@ -87,26 +87,17 @@ def make_routing(model, schedule=None, router="static", *, prefill="topk", decod
     the decision of the first (default: the router's, or 1). forecaster: Forecaster or path.
     mismatch: run a router under other settings than it was trained with.
     """
-    for flag, value in (("prefill", prefill), ("decode", decode), ("kv", kv)):
-        check(value in CHOICES[flag],
-              f"--{flag} {value}: unknown; choose from {', '.join(CHOICES[flag])}")
-    check(isinstance(router, torch.nn.Module) or callable(router) or router in SELECTIONS,
-          f"--router {router}: no such router; give a file, or one of {', '.join(SELECTIONS)}")
-    schedule = Schedule.load(schedule) if isinstance(schedule, (str, Path)) else schedule
+    if isinstance(schedule, (str, Path)):
+        schedule = Schedule.load(schedule)
     if isinstance(forecaster, (str, Path)):
         forecaster = Forecaster.load(forecaster)
-    check(forecaster is None or isinstance(forecaster, Forecaster),
-          "--forecaster: give a Forecaster or the path of its file")
-    check(schedule is None or isinstance(schedule, Schedule),
-          "--schedule: give a Schedule or the path of its file")
-    check(group is None or type(group) is int and group > 0,
-          f"--group {group}: must be a whole number of at least 1")
-    check(score in (None, "mean") or type(score) is int and score > 0,
-          f"--score {score}: give a number of queries, or mean")
+    check_choices(prefill=prefill, decode=decode, kv=kv)
+    check_kinds(schedule, router, forecaster, score, group)
     if schedule is None:
         check(router == "static", "--router: without a schedule it decides nothing; give one")
         return Routing.dense(model.config.n_layer)
 
+    # what belongs together: first the schedule, then what is made for it
     learned = isinstance(router, torch.nn.Module)
     check(prefill != "argmax" or learned,
           "--prefill argmax: only a trained router decides by argmax; give --router, or topk")
@@ -123,6 +114,7 @@ def make_routing(model, schedule=None, router="static", *, prefill="topk", decod
           "--decode threshold: no thresholds are stored for this schedule and router; calibrate "
           "them (lib/calibration.py), or give --decode dense")
 
+    # what the caller leaves open, a trained router says
     group = group or (router.group if learned else 1)
     grouped = schedule.grouped(group)
     return Routing(
@@ -130,6 +122,29 @@ def make_routing(model, schedule=None, router="static", *, prefill="topk", decod
         router=router, prefill=prefill, decode=decode, thresholds=thresholds, one_pass=one_pass,
         skipped=Skipped(kv == "keep", forecaster) if kv == "keep" or forecaster else None,
         window=score or (router.score if learned else WINDOW), seed=seed)
+
+
+def check_choices(**given):
+    """FTPError where a setting is none of its CHOICES."""
+    for flag, value in given.items():
+        check(value in CHOICES[flag],
+              f"--{flag} {value}: unknown; choose from {', '.join(CHOICES[flag])}")
+
+
+def check_kinds(schedule, router, forecaster, score, group):
+    """FTPError where an argument is of no kind that make_routing() takes."""
+    known = isinstance(router, torch.nn.Module) or callable(router) or router in SELECTIONS
+    check(known,
+          f"--router {router}: no such router; give a file, or one of {', '.join(SELECTIONS)}")
+    check(forecaster is None or isinstance(forecaster, Forecaster),
+          "--forecaster: give a Forecaster or the path of its file")
+    check(schedule is None or isinstance(schedule, Schedule),
+          "--schedule: give a Schedule or the path of its file")
+    # bool is an int to Python, but no number of blocks or queries
+    check(group is None or type(group) is int and group > 0,
+          f"--group {group}: must be a whole number of at least 1")
+    check(score in (None, "mean") or type(score) is int and score > 0,
+          f"--score {score}: give a number of queries, or mean")
 
 
 def check_schedule(schedule, model):

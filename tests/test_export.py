@@ -5,14 +5,22 @@ import os
 import pytest
 import torch
 from conftest import make_router, tokens
+from test_model import gathered_rows
 from test_stages import inside
 
 from lib.artefacts import Schedule
 from lib.files import FTPError, load_json
+from lib.flops import Meter
 from lib.forecast import fit
 from model_ftp import FTPModel, Router
 
 PROMPTS = [[3 + i % 90 for i in range(40)], tokens(25, 1)]
+SAMPLES = [(p[:n], p[n:]) for p, n in zip(PROMPTS, (30, 20))]
+
+
+def rows_of(model, meter=None):
+    """Logits of prompts and of what follows them."""
+    return torch.cat(gathered_rows(model, SAMPLES, meter))
 
 
 @pytest.fixture(scope="module")
@@ -53,11 +61,11 @@ def test_export_is_routed_at_once(workshop, made, tmp_path, how, call):
     kw = {"kv": "keep" if "keep" in how else "drop", "decode": "threshold" if "threshold" in how else "dense", "one_pass": "--one_pass" in how,
           "prefill": "argmax" if "argmax" in how else "topk", "forecaster": forecaster}
     by_hand, m = FTPModel.from_pretrained(workshop[0]), FTPModel.from_pretrained(tmp_path / "e")
-    dense = by_hand.score_rows(PROMPTS, [30, 20])
-    want = by_hand.use(made / "schedule.json", made / "router.safetensors", **kw).score_rows(PROMPTS, [30, 20])
-    assert torch.equal(m.score_rows(PROMPTS, [30, 20]), want) and m.stats.mean("prefill") == by_hand.stats.mean("prefill") > 0.2
+    dense, one, two = rows_of(by_hand), Meter(m), Meter(m)
+    want = rows_of(by_hand.use(made / "schedule.json", made / "router.safetensors", **kw), one)
+    assert torch.equal(rows_of(m, two), want) and one.mean("prefill") == two.mean("prefill") > 0.2
     assert m.generate(PROMPTS, max_new_tokens=8) == by_hand.generate(PROMPTS, max_new_tokens=8)
-    assert torch.equal(m.use().score_rows(PROMPTS, [30, 20]), dense) and not torch.allclose(dense, want, atol=1e-3)
+    assert torch.equal(rows_of(m.use()), dense) and not torch.allclose(dense, want, atol=1e-3)
     hf = AutoModelForCausalLM.from_pretrained(tmp_path / "e")
     with torch.no_grad():
         assert torch.allclose(hf(torch.tensor(PROMPTS[:1])).logits, m(torch.tensor(PROMPTS[:1])), atol=1e-4)
@@ -72,7 +80,7 @@ def test_static_export_of_a_sharded_model(workshop, made, tmp_path, call):
     assert len(list((tmp_path / "m").glob("*.safetensors"))) > 1
     call("extras/export.py", "--model", tmp_path / "m", "--schedule", made / "schedule.json", "--router", "static", "--out_dir", tmp_path / "e")
     m, by_hand = FTPModel.from_pretrained(tmp_path / "e"), FTPModel.from_pretrained(workshop[0]).use(made / "schedule.json")
-    assert torch.equal(m.score_rows(PROMPTS, [30, 20]), by_hand.score_rows(PROMPTS, [30, 20]))
+    assert torch.equal(rows_of(m), rows_of(by_hand))
     assert all(os.path.samefile(f, tmp_path / "e" / f.name) for f in (tmp_path / "m").glob("*.safetensors"))
 
 

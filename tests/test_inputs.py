@@ -40,6 +40,8 @@ def test_prompts_at_the_edges(tiny, schedule):
     assert len(tiny.generate([tokens(most)], 1)[0]) == 1 and len(tiny.generate([tokens(most - 9)], 10, eos=())[0]) == 10
     for n, new in ((most + 1, 1), (most - 9, 11)):
         refused(f"exceed the model's {most}", tiny.generate, [tokens(n)], new)
+    refused(f"more than the model's {most}", tiny.prefill, [tokens(most + 1)])
+    refused(f"more than the model's {most}", scoring.response_states, tiny, [(tokens(5), tokens(most - 4))])
     refused(f"more than the model's {most}", scoring.after_prompt, tiny, [tokens(most + 1)], [5])
     refused(f"more than the model's {most}", tiny.use(), torch.tensor([tokens(most + 1)]))
     tiny.use()

@@ -22,19 +22,18 @@ from model_ftp import Router
 
 KILLS = 20 if TORTURE else 1  # of each stage at least
 FORK = multiprocessing.get_context("forkserver")
-FORK.set_forkserver_preload(["lib.stage", "lib.data", "evaluate", "search_scheduler", "finetune_static", "train_router", "prepare", "fit_late_kv",
+FORK.set_forkserver_preload(["evaluate", "search_scheduler", "finetune_static", "train_router", "prepare", "fit_late_kv",
                              "transformers.models.auto.tokenization_auto"])
 
 
-def stage(script, words, log, die_at=None, most_bytes=None, home=None):
+def run_stage(script, words, log, die_at=None, most_bytes=None, home=None):
     """In a child: run a stage, its output to `log`. die_at (function of os, its n-th call): SIGKILL just before it."""
     with open(log, "ab") as f:
         os.dup2(f.fileno(), 1)
         os.dup2(f.fileno(), 2)
     sys.argv = [script, *words]
     module = __import__(script.removesuffix(".py"))
-    from lib import data
-    from lib.stage import run
+    from lib import data, stage
     if home:
         data.HOME, data.PROMPTS = home, home.parent / "prompts.jsonl"
     if most_bytes:  # what a full disk does to a write
@@ -48,7 +47,7 @@ def stage(script, words, log, die_at=None, most_bytes=None, home=None):
                 os.kill(os.getpid(), signal.SIGKILL)
             return real(*a)
         setattr(os, name, deadly)
-    run(module.main)
+    stage.run(module.main)
 
 
 class Runner:
@@ -60,7 +59,7 @@ class Runner:
 
     def start(self, *more, **kw):
         self.log.write_text("")
-        child = FORK.Process(target=stage, args=(self.script, [*self.words, "--out_dir", str(self.out), *more], str(self.log)),
+        child = FORK.Process(target=run_stage, args=(self.script, [*self.words, "--out_dir", str(self.out), *more], str(self.log)),
                              kwargs={**kw, "home": self.home})
         child.start()
         return child
