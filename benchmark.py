@@ -113,7 +113,7 @@ def get_args():
     add("--out_dir", default="out", help="folder of bench.json")
     add("--json", action="store_true",
         help="the last line of stdout is one short JSON document")
-    add("--seed", default=0, type=whole("[0, inf)"), help="seed of random weights")
+    add("--seed", default=0, type=whole("[0, 4294967296)"), help="seed of random weights")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu",
         help="cpu, cuda, cuda:1, ...")
     add("--device_map", default=None, help="not here: one clock reads one device")
@@ -163,7 +163,7 @@ def check_length(args, config):
 def check_own_routing(args):
     """Refuse settings beside a folder that brings its routing: they would change nothing."""
     settings = ("prefill", "decode", "kv", "one_pass", "forecaster", "mismatch")
-    given = [k for k in settings if getattr(args, k) != args.defaults[k]]
+    given = [k for k in settings if k in args.typed]
     check(not given, f"--{', --'.join(given)}: {args.model} brings its own routing, which this "
                      "does not change; give --schedule too")
 

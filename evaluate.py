@@ -3,7 +3,7 @@
     python evaluate.py --schedule out/schedule_ft.json --router out/router.safetensors
     python evaluate.py --tasks arc_easy,hellaswag,mmlu --limit 500 --rows static,ftp,ftp_decode
     python evaluate.py --tasks mine=items.jsonl --text book.txt --protocol joint
-    python evaluate.py --tasks arc_easy,lambada --floor --text Salesforce/wikitext:wikitext-2-raw-v1
+    python evaluate.py --tasks piqa,lambada_openai --floor --text Salesforce/wikitext:wikitext-2-raw-v1
     python evaluate.py --model out/export                     # a folder that brings its own routing
     torchrun --nproc_per_node 8 evaluate.py --tasks hellaswag,mmlu       # the items over 8 GPUs
 
@@ -111,8 +111,9 @@ def get_args():
 
     # 256 routed tokens before 64 scored ones: as long as a prompt with its answer
     add = p.add_argument_group("perplexity of texts").add_argument
-    add("--text", default="self",
-        help='comma list of "self", .txt, .jsonl, or datasets id[:config[:split]]')
+    add("--text", default="passages",
+        help='comma list of "passages" (of the held-out prompts), .txt, .jsonl, or datasets '
+             "id[:config[:split]]")
     add("--context", type=whole("[1, inf)"), default=256, help="routed tokens of a window")
     add("--scored", type=whole("[1, inf)"), default=64, help="scored tokens of a window")
     add("--nwindows", type=whole("[0, inf)"), default=100, help="windows at most, 0: all")
@@ -133,7 +134,7 @@ def get_args():
     add("--out_dir", default="out", help="folder of the artefacts")
     add("--resume", action="store_true",
         help="keep the rows that eval_state.json holds from the same settings, data and commit")
-    add("--seed", type=whole("[0, inf)"), default=0, help="seed of everything random")
+    add("--seed", type=whole("[0, 4294967296)"), default=0, help="seed of everything random")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu",
         help="cpu, cuda, cuda:1, ...")
     add("--device_map", default=None,
@@ -155,8 +156,7 @@ def brought_routing(args):
     brought = exported_routing(find_model(args.model))
     if brought is None:
         return None
-    own = [name for name in ("prefill", "kv", "one_pass", "forecaster")
-           if getattr(args, name) != args.defaults[name]]
+    own = [name for name in ("prefill", "kv", "one_pass", "forecaster") if name in args.typed]
     check(not own, f"--{', --'.join(own)}: {args.model} brings its own routing, which this does "
                    "not change; give --schedule and --router too")
     return brought

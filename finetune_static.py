@@ -79,7 +79,7 @@ def get_args():
         help="smollm2 (after prepare.py), a Hugging Face folder, or a hub id")
     add("--out_dir", default="out", help="folder of the artefacts")
     add("--resume", action="store_true", help="go on from the last saved generation")
-    add("--seed", type=whole("[0, inf)"), default=0, help="seed of everything random")
+    add("--seed", type=whole("[0, 4294967296)"), default=0, help="seed of everything random")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu",
         help="cpu, cuda, cuda:1, ...")
     add("--device_map", default=None,

@@ -329,7 +329,7 @@ class FTPModel(nn.Module):
             meter.prefill(self, l, batch, kept)
         if kept.n == 0:                                         # a block that the schedule removes
             return replace(state, kept=kept)
-        x, q, k = self.routing.prefill_of(self.blocks[l])(state.x, kept, batch, cache)
+        x, q, k = self.routing.prefill_of(self.blocks[l], batch)(state.x, kept, batch, cache)
         scores = state.scores
         if self.reads_scores(l):                                # read() at the next decision
             scores = scores.read(batch).see(kept, q, k, self.routing.window)
@@ -417,7 +417,7 @@ class FTPModel(nn.Module):
     @torch.inference_mode()
     def prefill(self, prompts, cache=None, meter=None):
         """Prompts (lists of ids), each routed as a whole -> logits (B, vocab) of last tokens."""
-        batch = self.batch(prompts)
+        batch = self.batch(prompts, last_only=True)
         state = self.run(self.prefill_step, batch, cache, meter)
         if cache is not None:
             cache.seen[batch.rows] += batch.lengths
@@ -441,8 +441,8 @@ class FTPModel(nn.Module):
         check_finite(state.x, step, batch, start, cache, mark)
         return state
 
-    def batch(self, seqs, past=None, rows=None):
-        """Pack lists of token ids; past, rows (B,): tokens before them and their cache rows."""
+    def batch(self, seqs, past=None, rows=None, last_only=False):
+        """Pack lists of token ids; past, rows (B,), last_only: see Batch."""
         seqs = id_lists(seqs)
         check_ids(seqs, self.config.vocab_size)
         before = [0] * len(seqs) if past is None else past
@@ -450,7 +450,7 @@ class FTPModel(nn.Module):
         if longest > self.config.max_len:
             raise FTPError(f"{longest} tokens are more than the model's {self.config.max_len} "
                            "(max_position_embeddings); shorten the text")
-        return Batch(seqs, self.rope_table(longest), past, rows)
+        return Batch(seqs, self.rope_table(longest), past, rows, last_only)
 
     def rope_table(self, n):
         """cos and signed sin of the first n positions at least, (2, n, head_dim)."""

@@ -94,7 +94,7 @@ def get_args():
         help="smollm2 (after prepare.py), a Hugging Face folder, or a hub id")
     add("--out_dir", default="out", help="folder of the artefacts")
     add("--resume", action="store_true", help="go on from the last saved generation")
-    add("--seed", type=whole("[0, inf)"), default=0, help="seed of everything random")
+    add("--seed", type=whole("[0, 4294967296)"), default=0, help="seed of everything random")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu",
         help="cpu, cuda, cuda:1, ...")
     add("--device_map", default=None,
@@ -120,7 +120,8 @@ class Budget(NamedTuple):
     """What the blocks of a candidate share, in thousandths; see lib/search.py."""
     total: int          # of all blocks together
     top: int            # of a block, at most
-    convert: Callable   # thousandths of a block -> its sparsity
+    blocks: int         # that share it
+    convert: Callable   # thousandths of each of them -> sparsity of all blocks
 
 
 def sparsity_budget(args, n_layer):
@@ -130,17 +131,18 @@ def sparsity_budget(args, n_layer):
     check(total <= top * (n_layer - 1),
           f"--sparsity {args.sparsity}: out of reach with --max_sparsity {args.max_sparsity} and "
           "block 0 dense; lower it")
-    return Budget(total, top, as_sparsity)
+    return Budget(total, top, n_layer, as_sparsity)
 
 
 def flops_budget(args, config, samples, routing):
     """The thousandths are FLOPs saved, on a prompt of the samples' mean length."""
     n_tokens = round(sum(len(prompt) for prompt, _ in samples) / len(samples))
-    convert, top = flops_converter(config, n_tokens, routing, args.max_sparsity)
-    total, most = round(args.flops_saved * config.n_layer * THOUSAND), top * (config.n_layer - 1)
-    check(0 < total <= most, f"--flops_saved {args.flops_saved}: out of reach, at most "
-                             f"{most / config.n_layer / THOUSAND:.2f} here")
-    return Budget(total, top, convert)
+    convert, top, full = flops_converter(config, n_tokens, routing, args.max_sparsity)
+    blocks = config.n_layer - 1         # the last takes the sparsity of the one before it
+    total, most = round(args.flops_saved * full), top * (blocks - 1)
+    check(0 < total <= most,
+          f"--flops_saved {args.flops_saved}: out of reach, at most {most / full:.2f} here")
+    return Budget(total, top, blocks, convert)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -148,18 +150,17 @@ def flops_budget(args, config, samples, routing):
 
 def plain_allocations(influence, budget, rng):
     """{--method: units}, what needs no search. influence (n_layer,): see block_influence()."""
-    n_layer = len(influence)
-    total, top, _ = budget
+    total, top, blocks, _ = budget
     return {
-        "uniform": allocate([1.0] * n_layer, total, top, rng),
-        "bi": allocate([1 / v for v in influence], total, top, rng),
-        "late": late(n_layer, total, top),
+        "uniform": allocate([1.0] * blocks, total, top, rng),
+        "bi": allocate([1 / v for v in influence[:blocks]], total, top, rng),
+        "late": late(blocks, total, top),
     }
 
 
 def first_generation(plain, n, budget, rng):
     """n candidates: the plain allocations and shapes between them, then noise around these."""
-    total, top, _ = budget
+    total, top, _, _ = budget
     uniform, by_influence = plain["uniform"], plain["bi"]
     middle = [(a + b) / 2 for a, b in zip(uniform, by_influence)]
     known = [by_influence, repair(middle, total, top, rng),
@@ -208,7 +209,7 @@ def main():
     routing = {"kv": args.kv, "forecaster": forecaster}
     if args.flops_saved is not None:
         budget = flops_budget(args, model.config, fit, routing)
-    total, top, convert = budget
+    total, top, _, convert = budget
 
     # what needs no search; the ranks must not part ways over a rounding
     influence = gather(block_influence(model, fit))[0]

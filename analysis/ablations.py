@@ -70,7 +70,7 @@ def get_args():
     add("--model", default="smollm2",
         help="smollm2 (after prepare.py), a Hugging Face folder, a hub id or GGUF file")
     add("--out_dir", default="out/ablations", help="folder of the artefacts")
-    add("--seed", default=0, type=whole("[0, inf)"), help="seed of everything random")
+    add("--seed", default=0, type=whole("[0, 4294967296)"), help="seed of everything random")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu",
         help="cpu, cuda, cuda:1, ...")
     add("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"],

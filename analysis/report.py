@@ -92,7 +92,7 @@ def get_args():
     add("--model", default="smollm2",
         help="smollm2 (after prepare.py), a Hugging Face folder, a hub id or GGUF file")
     add("--out_dir", default="out", help="folder of report.html and report.json")
-    add("--seed", type=whole("[0, inf)"), default=0, help="seed of a random selection")
+    add("--seed", type=whole("[0, 4294967296)"), default=0, help="seed of a random selection")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu",
         help="cpu, cuda, cuda:1, ...")
     add("--device_map", default=None,
@@ -108,8 +108,7 @@ def check_args(args):
     check(not (args.pruned and args.schedule),
           "--pruned: beside --schedule it would change nothing; give one of the two")
     if not args.schedule:
-        given = [k for k in ("router", "forecaster", "kv")
-                 if getattr(args, k) != args.defaults[k]]
+        given = [k for k in ("router", "forecaster", "kv") if k in args.typed]
         check(not given, f"--{', --'.join(given)}: it needs the --schedule it was made for")
     check(args.prompt is None or args.prompt.strip(), "--prompt: it is empty; give an instruction")
 

@@ -52,7 +52,8 @@ HOW = {
     "attention": "Every block computes the tokens that were attended most; the others pass "
                  "unchanged.",
 }
-TEXTS = {"responses": "held-out answers", "self": "held-out passages"}
+TEXTS = {"responses": "held-out answers", "passages": "held-out passages",
+         "self": "held-out passages"}     # as older files name them
 
 
 def page(report, evals=(), benches=()):

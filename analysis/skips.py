@@ -52,7 +52,7 @@ def get_args():
     add("--model", default="smollm2",
         help="smollm2 (after prepare.py), a Hugging Face folder, a hub id or GGUF file")
     add("--out_dir", default="out", help="folder of the figure")
-    add("--seed", default=0, type=whole("[0, inf)"), help="seed of a random selection")
+    add("--seed", default=0, type=whole("[0, 4294967296)"), help="seed of a random selection")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu",
         help="cpu, cuda, cuda:1, ...")
     add("--device_map", default=None,
@@ -68,7 +68,7 @@ def set_routing(args, model):
     own = model.routing.schedule is not None and args.schedule is None and args.router is None
     if own:
         settings = ("prefill", "kv", "one_pass", "forecaster", "mismatch")
-        given = [k for k in settings if getattr(args, k) != args.defaults[k]]
+        given = [k for k in settings if k in args.typed]
         check(not given, f"--{', --'.join(given)}: {args.model} brings its own routing, which this "
                          "does not change; give --schedule and --router too")
     else:

@@ -27,7 +27,7 @@ from lib.files import check, load_json, save_json
 from lib.flops import Meter
 from lib.forecast import fit
 from lib.scoring import response_kl, response_states
-from lib.search import THOUSAND, Fitness, flops_converter, late, shapes
+from lib.search import Fitness, flops_converter, late, shapes
 from lib.skipped import Forecaster
 from lib.stage import Parser, number, numbers, run, start, whole, words
 
@@ -49,8 +49,8 @@ def get_args():
     add("--most", default=0.99, type=number("(0, 1)"), help="largest sparsity of a block")
 
     add = p.add_argument_group("data").add_argument
-    add("--text", default="self", help="calibration text (.txt, .jsonl or datasets id)")
-    add("--test_text", default="self", help="text to measure on, another one than --text")
+    add("--text", default="passages", help="calibration text (.txt, .jsonl or datasets id)")
+    add("--test_text", default="passages", help="text to measure on, another one than --text")
     add("--context", default=256, type=whole("[2, inf)"), help="prompt tokens of a window")
     add("--scored", default=64, type=whole("[1, inf)"), help="scored tokens of a window")
     add("--nfit", default=120, type=whole("[5, inf)"),
@@ -70,7 +70,7 @@ def get_args():
     add("--out_dir", default="out", help="folder of the figure")
     add("--resume", action="store_true",
         help="keep the points that sweep.json holds from the same settings")
-    add("--seed", default=0, type=whole("[0, inf)"), help="seed of everything random")
+    add("--seed", default=0, type=whole("[0, 4294967296)"), help="seed of everything random")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu",
         help="cpu, cuda, cuda:1, ...")
     add("--device_map", default=None,
@@ -119,15 +119,15 @@ class Sweep:
 
     def schedule(self, method, level, routing):
         """The schedule that saves `level` of the prompts' FLOPs; None where none can."""
-        args, n_layer = self.args, self.model.config.n_layer
-        convert, top = flops_converter(self.model.config, args.context, routing, args.most)
-        total = round(level * n_layer * THOUSAND)
-        if total > top * (n_layer - 1):
+        args, blocks = self.args, self.model.config.n_layer - 1
+        convert, top, full = flops_converter(self.model.config, args.context, routing, args.most)
+        total = round(level * full)
+        if total > top * (blocks - 1):
             return None
         fitness = Fitness(self.model, self.calibration[:args.nsearch], convert=convert, **routing)
         if method == "late":
-            return fitness.schedule(late(n_layer, total, top))
-        tried = shapes(n_layer, total, top, random.Random(args.seed))
+            return fitness.schedule(late(blocks, total, top))
+        tried = shapes(blocks, total, top, random.Random(args.seed))
         return fitness.schedule(min(map(tuple, tried), key=fitness))
 
     def point(self, method, level, resumed):

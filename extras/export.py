@@ -101,7 +101,7 @@ def get_args():
     add("--model", default="smollm2",
         help="smollm2 (after prepare.py), a Hugging Face folder, a hub id or GGUF file")
     add("--out_dir", default="out/export", help="new folder to write")
-    add("--seed", default=0, type=whole("[0, inf)"), help="seed of everything random")
+    add("--seed", default=0, type=whole("[0, 4294967296)"), help="seed of everything random")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu",
         help="cpu, cuda, cuda:1, ...")
     add("--device_map", default=None,

@@ -15,10 +15,11 @@ class Batch:
 
     lengths, start, past, rows (B,): host arrays. past: tokens that came before; rows: cache rows.
     seq, local, pos, size (N,): of each token its sequence, its place in it, its position, and the
-    length of its sequence. ends (N,): first and last tokens of their sequences.
+    length of its sequence. ends (N,): first and last tokens of their sequences; last (B,): rows of
+    the latter. last_only: of prompts, that nobody reads the last block's output of other rows.
     """
-    def __init__(self, seqs, rope, past=None, rows=None):
-        device = rope.device
+    def __init__(self, seqs, rope, past=None, rows=None, last_only=False):
+        device, self.last_only = rope.device, last_only
         lengths = np.array([len(s) for s in seqs])
         self.lengths, self.start = lengths, lengths.cumsum() - lengths
         self.new = past is not None                      # tokens after a prompt, not prompts
@@ -41,7 +42,7 @@ class Batch:
     def on(self, device):
         """This Batch on another device, for a model that is spread over several."""
         return Batch(self.seqs, self.whole_rope.to(device), self.past if self.new else None,
-                     self.rows)
+                     self.rows, self.last_only)
 
 
 class Kept:

@@ -321,10 +321,12 @@ def instruction_sample(row, tokenizer, what):
 # text
 
 def load_text(spec, flag="--text"):
-    """One text: "self" (the held-out prompts' passages), a .txt file, the "text" fields of a
+    """One text: "passages" (those of the held-out prompts), a .txt file, the "text" fields of a
     .json/.jsonl, or a `datasets` id as owner/name[:config[:split]]."""
     path = Path(spec)
-    if spec == "self":
+    check(spec != "self", f"{flag} self: these texts are called passages now, as self means the "
+                          f"model's own answers; give {flag} passages")
+    if spec == "passages":
         rows = read_rows(PROMPTS)
         heldout = [r for r, split in zip(rows, splits_of(len(rows))) if split == "heldout"]
         return "\n\n".join(r["input"] for r in heldout if r["input"])

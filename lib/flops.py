@@ -4,6 +4,7 @@ FLOPs count a multiplication and an addition as two; norms, rotary and activatio
 All numbers are Python's, exact integers or floats of them.
 """
 from lib.config import leaders, quota
+from lib.last_block import is_lean
 
 PHASES = ("prefill", "decode")     # of prompts, and of the tokens after them
 
@@ -22,6 +23,14 @@ def block_flops(config, tokens, pairs, kv_only=0):
     return maps + attention + 2 * config.p_kv * kv_only
 
 
+def last_flops(config, keys, prompts=1):
+    """FLOPs of the last block where only the last token of each prompt is read behind it.
+
+    keys: tokens that leave a key and value there, of all the prompts.
+    """
+    return block_flops(config, prompts, keys, keys - prompts) if keys else 0
+
+
 def score_flops(config, window, keys):
     """FLOPs of the attention scores of one block: `window` queries against `keys` keys."""
     return 2 * config.n_head * config.head_dim * window * keys
@@ -32,23 +41,28 @@ def head_flops(config, positions):
     return 2 * config.vocab_size * config.hidden_size * positions
 
 
-def prefill_flops(config, T, sparsity, kv="drop", router=None, window=16, head=1, forecaster=None):
+def prefill_flops(config, T, sparsity, kv="drop", router=None, window=16, head=1, forecaster=None,
+                  last_only=True):
     """FLOPs of the prefill of one prompt of T tokens (method section 7).
 
     sparsity: a list over blocks. kv: "drop" or "keep" keys and values of skipped tokens. router: a
     Router, which adds its MLP and the scores that it reads, `window` queries a block. head: how
-    many positions get logits. forecaster: the Forecaster in use.
+    many positions get logits. forecaster: the Forecaster in use. last_only: only the last token's
+    output of the last block is computed; False, as papers count, all that do not skip it.
     """
     total = head_flops(config, head)
     lead = leaders(sparsity, 1 if router is None else router.group)
     for l, s in enumerate(sparsity):
         c, kept = config.block(l), quota(T, s)
-        skips = 0 < s < 1
-        if skips and kv == "keep":
+        skips, lean = 0 < s < 1, last_only and l == len(sparsity) - 1
+        all_keys = skips and kv == "keep"
+        if lean:
+            total += last_flops(c, T if all_keys else kept)
+        elif all_keys:
             total += block_flops(c, kept, static_pairs(T, kept), T - kept)
         else:
             total += block_flops(c, kept, kept * (kept + 1) / 2)
-        if skips and forecaster is not None:
+        if skips and forecaster is not None and (all_keys or not lean):
             total += forecaster.flops(T - kept)
         if router is None:
             continue
@@ -83,10 +97,13 @@ def memory(config, batch, length, sparsity, itemsize, kv="drop"):
     skips; "total": weights, and the peak of activations and the keys and values so far}.
     """
     stored = peak = largest = 0
-    for s in sparsity:
+    for l, s in enumerate(sparsity):
         kept = batch * quota(length, s)
         keep = kv == "keep" and kept < batch * length
-        held = activations(config, batch * length, kept, keep)
+        if l == len(sparsity) - 1:
+            held = last_activations(config, batch * length, kept, keep)
+        else:
+            held = activations(config, batch * length, kept, keep)
         if kept:                                           # a removed block has no cache
             rows = batch * length if keep else kept
             stored += config.kv_bytes(rows + 32 * batch, 1)
@@ -110,6 +127,16 @@ def activations(config, tokens, kept, keep):
         projected = kept * (2 * q + 3 * k)
     inner = kept * (q + 3 * d + 2 * config.intermediate_size)
     return states + projected + inner
+
+
+def last_activations(config, tokens, kept, keep):
+    """The same of the last block, where the MLP expands the prompts' last tokens alone."""
+    d, D = config.hidden_size, config.head_dim
+    k = config.n_kv_head * D
+    states = tokens * (d + 2 * D) + kept * d               # and the normalised ones
+    if kept < tokens:
+        states += kept * (d + 2 * D)
+    return states + 3 * (tokens if keep else kept) * k     # projections, rotated keys
 
 
 # ------------------------------------------------------------------------------------------------
@@ -156,26 +183,37 @@ class Meter:
         tokens, computed = int(batch.lengths.sum()), int(kept.counts.sum())
         self.total[phase] += tokens if l == 0 else 0
         self.kept[phase][l] += computed
-        self.dense[phase] += self.dense_block(batch, tokens)
+        lean = is_lean(batch, l, self.config.n_layer)
+        self.dense[phase] += self.dense_block(batch, tokens, lean)
         # removed blocks cost nothing, and where all compute nothing was decided
         routed = kept.rows is not None and routing.sparsity[l] < 1
-        if routed and routing.kv == "keep":
+        all_keys = routed and routing.kv == "keep"
+        if lean:
+            keys = tokens if all_keys else computed
+            self.flops[phase] += last_flops(c, keys, len(batch.lengths))
+        elif all_keys:
             # how many keys a kept query sees is its position, which is on the device
             seen = (batch.pos[kept.rows] + 1).double().sum().to(model.device)
             self.late[phase] = self.late[phase] + block_flops(c, 0, seen)
             self.flops[phase] += block_flops(c, computed, 0, tokens - computed)
         else:
             self.flops[phase] += block_flops(c, computed, pairs)
-        if routed and routing.skipped is not None:
+        if routed and routing.skipped is not None and (all_keys or not lean):
             self.flops[phase] += routing.skipped.flops(tokens - computed)
         if routed and self.asks(routing, phase, l):
             self.flops[phase] += routing.router.flops(tokens)
 
-    def dense_block(self, batch, tokens):
-        """FLOPs of all tokens in one block of `base`, in a share where it has more blocks."""
+    def dense_block(self, batch, tokens, lean):
+        """FLOPs of all tokens in one block of `base`, in a share where it has more blocks.
+
+        lean: this is the last block, which is not computed whole in a dense model either.
+        """
         pairs = causal_pairs(batch.lengths, batch.past)
         share = self.base.n_layer / self.config.n_layer
-        return share * block_flops(self.base, tokens, pairs)
+        whole = block_flops(self.base, tokens, pairs)
+        if lean:
+            return (share - 1) * whole + last_flops(self.base, tokens, len(batch.lengths))
+        return share * whole
 
     @staticmethod
     def asks(routing, phase, l):

@@ -9,6 +9,7 @@ import torch
 from lib.artefacts import SELECTIONS, Schedule
 from lib.checkpoint import check_fingerprint
 from lib.files import check
+from lib.last_block import is_lean, prefill_last
 from lib.skipped import Forecaster, Skipped, is_kv_only
 
 CHOICES = {"prefill": ("topk", "argmax"), "decode": ("dense", "threshold", "rule"),
@@ -55,8 +56,10 @@ class Routing:
     def forecaster(self):
         return None if self.skipped is None else self.skipped.forecaster
 
-    def prefill_of(self, block):
+    def prefill_of(self, block, batch):
         """What runs a block on prompts: Block.prefill, or what stands in for it."""
+        if is_lean(batch, block.l, len(self.sparsity)):
+            return partial(prefill_last, block, self.skipped)
         return block.prefill if self.skipped is None else partial(self.skipped.prefill, block)
 
     def extend_of(self, block):

@@ -42,7 +42,7 @@ class Pair:
 def make_pair(model, samples):
     """Pair of samples [(prompt ids, response ids)], none of them empty."""
     prompts, responses = ([list(s[i]) for s in samples] for i in (0, 1))
-    p = model.batch(prompts)
+    p = model.batch(prompts, last_only=True)
     r = model.batch(responses, p.lengths)
     owner, rows, n = [], [], int(p.lengths.sum())
     for b, response in enumerate(responses):

@@ -3,9 +3,9 @@
     fitness = Fitness(model, samples)                  # KL to the dense model, lower is better
     best, history = evolve(fitness, watch, population, total, top, args, state_path, settings)
 
-A candidate is `units`, a list of n_layer whole numbers: the sparsity of each block in thousandths.
-So its mean stays exact: every candidate has the same sum `total`, no block more than `top`, and
-block 0 none, as no attention score exists before it.
+A candidate is `units`, a list of whole numbers: the sparsity of each block in thousandths (or what
+flops_converter() says). So its mean stays exact: every candidate has the same sum `total`, no block
+more than `top`, and block 0 none, as no attention score exists before it.
 """
 import random
 import time
@@ -46,8 +46,8 @@ STATE = "ftp-search-state-2"            # format of the file that --resume reads
 # fitness
 
 def as_sparsity(units):
-    """Thousandths of a block that are its sparsity. The other meaning is flops_converter()'s."""
-    return units / THOUSAND
+    """Units that are the blocks' sparsities. The other meaning is flops_converter()'s."""
+    return [u / THOUSAND for u in units]
 
 
 class Fitness:
@@ -56,8 +56,8 @@ class Fitness:
     Equal candidates run once. So do equal first blocks: the states behind them are kept, up to
     max_states beginnings, and a candidate goes on from the longest one that it shares.
 
-    router, routing: as of FTPModel.use(). convert: function of a block's thousandths -> its
-    sparsity. spread: the samples are spread over the ranks, for a candidate that all of them ask
+    router, routing: as of FTPModel.use(). convert: function of the units -> sparsity of each
+    block. spread: the samples are spread over the ranks, for a candidate that all of them ask
     for at once; by default each rank has all samples, and candidates() spreads candidates.
     """
     def __init__(self, model, samples, router="static", max_states=2000, convert=as_sparsity,
@@ -102,7 +102,7 @@ class Fitness:
 
     def last_states(self, units, meter):
         """Run the blocks of a candidate that have not run before -> its states after the last."""
-        s, n = self.sparsity(units), len(units)
+        s, n = self.sparsity(units), self.model.config.n_layer
         first = 0 if meter else self.blocks_known(units)
         if first:
             states = self.states[beginning(s, first)]
@@ -129,7 +129,7 @@ class Fitness:
 
     def schedule(self, units):
         """The Schedule that a candidate stands for."""
-        return Schedule([self.convert(u) for u in units], self.fingerprint)
+        return Schedule(self.convert(units), self.fingerprint)
 
     def sparsity(self, units):
         """What the model runs, (n_layer,): blocks that share a decision run at their mean."""
@@ -162,7 +162,7 @@ class Fitness:
         known = gather([self.blocks_known(units) for units in some])    # a list a rank
         load, mine = [0] * world(), []                                  # load: blocks to run
         for i, units in enumerate(some):
-            done = [load[r] + len(units) - known[r][i] for r in range(world())]
+            done = [load[r] + self.model.config.n_layer - known[r][i] for r in range(world())]
             first = done.index(min(done))
             load[first] = done[first]
             if first == rank():
@@ -446,7 +446,7 @@ def work(fitness):
     """What a search cost, for the artefact; all ranks must call it."""
     candidates = len(fitness.results)
     run = sum(gather(fitness.blocks_run))
-    blocks = sum(map(len, fitness.results))
+    blocks = candidates * fitness.model.config.n_layer
     return {
         "evaluations": candidates,
         "seconds": round(fitness.seconds, 1),
@@ -457,27 +457,34 @@ def work(fitness):
 
 
 def flops_converter(config, n_tokens, routing, largest):
-    """For a search whose thousandths are FLOPs saved: convert of Fitness, and `top`.
+    """For a search whose thousandths are a block's FLOPs saved: convert of Fitness, `top`, `full`.
 
-    convert: thousandths of a block's FLOPs to save on a prompt of n_tokens -> the sparsity that
-    saves them under the static order; skips that keep K/V or are forecast cost what they cost.
-    top: the thousandths that sparsity `largest` saves. routing: its "kv" and "forecaster".
+    The units are those of the blocks 0 to n_layer - 2. The last block takes the sparsity of the one
+    before it: little is computed there that could be saved (lib/last_block.py).
+    convert: units -> sparsities that save them on a prompt of n_tokens, under the static order;
+    skips that keep K/V or are forecast cost what they cost. top: the thousandths that sparsity
+    `largest` saves. full: thousandths that the whole dense model costs. routing: its "kv" and
+    "forecaster".
     """
     kv, forecaster = routing["kv"], routing["forecaster"]
-    dense = prefill_flops(config, n_tokens, [0.0], head=0)
+
+    def block(s):
+        return prefill_flops(config, n_tokens, [s], kv, head=0, forecaster=forecaster,
+                             last_only=False)
+
     saved, sparsity = [0.0], [0.0]      # points of a curve
     for i in range(1, round(largest * THOUSAND) + 1):
-        s = i / THOUSAND
-        flops = prefill_flops(config, n_tokens, [s], kv, head=0, forecaster=forecaster)
-        gain = THOUSAND * (1 - flops / dense)
+        gain = THOUSAND * (1 - block(i / THOUSAND) / block(0.0))
         if gain > 0:                    # at first, a forecast may cost more than it saves
             saved.append(gain)
-            sparsity.append(s)
+            sparsity.append(i / THOUSAND)
 
     def convert(units):
-        return round(float(np.interp(units, saved, sparsity)), 6)
+        found = [round(float(np.interp(u, saved, sparsity)), 6) for u in units]
+        return [*found, found[-1]]
 
-    return convert, int(saved[-1])
+    full = prefill_flops(config, n_tokens, [0.0] * config.n_layer, head=0) / block(0.0)
+    return convert, int(saved[-1]), THOUSAND * full
 
 
 def resume_key(args, model, routing, *data):

@@ -6,7 +6,7 @@ import torch
 def prefill_with_map(model, prompt, cache=None, meter=None):
     """As FTPModel.prefill of one prompt -> logits (1, vocab), and who computed: (n_layer, N) bool
     on the CPU."""
-    batch = model.batch([prompt])
+    batch = model.batch([prompt], last_only=True)
     state, rows = model.begin(batch), []
     for l in range(model.config.n_layer):
         state = model.prefill_step(l, batch, state, cache, meter)

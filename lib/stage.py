@@ -53,8 +53,9 @@ class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFo
 
 
 class Settings(argparse.Namespace):
-    """Parsed flags, which vars() gives, and in a slot, which it does not, their defaults."""
-    __slots__ = ("defaults",)
+    """Parsed flags, which vars() gives; in slots, which it does not, their defaults, and the set of
+    those that were typed."""
+    __slots__ = ("defaults", "typed")
 
 
 class Parser(argparse.ArgumentParser):
@@ -77,6 +78,8 @@ class Parser(argparse.ArgumentParser):
         """Settings: the flags as attributes."""
         settings = super().parse_args(args, namespace or Settings())
         settings.defaults = {a.dest: self.default_of(a) for a in self._actions}
+        given = {word.partition("=")[0] for word in (sys.argv[1:] if args is None else args)}
+        settings.typed = {a.dest for a in self._actions if given & set(a.option_strings)}
         return settings
 
     def default_of(self, action):

@@ -77,6 +77,9 @@ def lambada(r):
     return {"context": context, "word": " " + word}
 
 
+# names that this repository had before the field's
+ALIASES = {"openbook_qa": "openbookqa", "lambada": "lambada_openai"}
+
 # task: (datasets id, config, split, row -> item in the form of a local file)
 HUB = {
     "arc_easy": ("allenai/ai2_arc", "ARC-Easy", "test", arc),
@@ -85,13 +88,13 @@ HUB = {
     "mmlu": ("cais/mmlu", "all", "test", mmlu),
     "winogrande": ("allenai/winogrande", "winogrande_xl", "validation", winogrande),
     "piqa": ("ybisk/piqa", "plain_text", "validation", piqa),
-    "openbook_qa": ("allenai/openbookqa", "main", "test", openbookqa),
-    "lambada": ("EleutherAI/lambada_openai", "en", "test", lambada),
+    "openbookqa": ("allenai/openbookqa", "main", "test", openbookqa),
+    "lambada_openai": ("EleutherAI/lambada_openai", "en", "test", lambada),
 }
 
 # Tasks that mean nothing without their context, known by name. LAMBADA-like and long-prompt items,
 # and those that say "needs_context", join them.
-NEEDS_CONTEXT = {"lambada", "boolq", "squad", "multi_document_qa", "yes_no_qa"}
+NEEDS_CONTEXT = {"lambada_openai", "boolq", "squad", "multi_document_qa", "yes_no_qa"}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -108,6 +111,7 @@ def load_task(spec, limit=None):
     that the task is named by are taken. FTPError on a row of another form.
     """
     name, _, path = spec.partition("=")
+    name = ALIASES.get(name, name)
     rows = read_rows(path, "--tasks") if path else rows_from_hub(name)
     rows = of_kind(rows, name, path)
     for i, row in enumerate(rows):

@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 STAGES = {p.stem for p in ROOT.glob("*.py")} - {"model_ftp"}
-BELOW = {"artefacts", "attention", "batch", "cache", "checkpoint", "config", "files", "finite", "gguf", "inputs", "packing",
+BELOW = {"artefacts", "attention", "batch", "cache", "checkpoint", "config", "files", "finite", "gguf", "inputs", "last_block", "packing",
          "routing", "skipped"}  # of lib/: what the model reads
 SOURCES = [p for p in ROOT.rglob("*.py") if not {".venv", "out", "tests", "models"} & set(p.relative_to(ROOT).parts)]
 

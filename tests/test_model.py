@@ -48,8 +48,8 @@ def masked_rows(model, samples):
 
 
 def gathered_rows(model, samples, meter=None):
-    """The same on the path that inference runs."""
-    pair = scoring.make_pair(model, samples)
+    """The same on the path that inference runs, but for the last block, which is run whole."""
+    pair = replace(scoring.make_pair(model, samples), prompts=model.batch([prompt for prompt, _ in samples]))
     with torch.no_grad():
         return [model.logits(state.x) for state in scoring.run_pair(model, pair, meter)]
 
@@ -99,6 +99,23 @@ def test_gathered_equals_masked(tiny, routed):
     assert all(torch.allclose(x, y, atol=2e-5) for x, y in zip(a, b))
     model.use()
     assert not torch.allclose(a[0], gathered_rows(model, samples)[0], atol=1e-2)  # something was skipped
+
+
+def test_last_block_gives_the_last_tokens_what_it_gives_all(tiny, routed):
+    """What of the last block is not computed, nobody reads: the same logits, and the same keys and values in the cache."""
+    model, prompts = routed(), [tokens(85, 1), tokens(17, 2), tokens(17, 3), tokens(1, 4), tokens(2, 5)]
+    for how in ("routed", "dense"):
+        model = model if how == "routed" else model.use()
+        lean, whole = model.new_cache(5), model.new_cache(5)
+        batch = model.batch(prompts)
+        with torch.inference_mode():
+            want = model.logits(model.run(model.prefill_step, batch, whole, None).x[batch.last])
+        assert torch.allclose(model.prefill(prompts, lean), want, atol=2e-5)
+        assert (lean.len == whole.len).all()
+        for one, other in ((lean.k, whole.k), (lean.v, whole.v)):
+            for l in range(6):
+                used = torch.arange(one[l].shape[2]) < torch.as_tensor(lean.len[l])[:, None, None, None]
+                assert torch.allclose(one[l] * used[..., 0, :, None], other[l] * used[..., 0, :, None], atol=1e-6)
 
 
 @pytest.mark.parametrize("kv", ["drop", "keep"])
@@ -325,8 +342,8 @@ def test_flops_of_the_paper():
     """Share of prefill FLOPs saved on LLaMA2-7B at 1000 tokens, all positions through the head (method section 7)."""
     c = Config(32000, 4096, 11008, 32, 32, 32, 128, 1e-5, 1e4, None, False, False, 4096)
     for kv, want in (("drop", (21.9, 24.9, 29.8, 39.7)), ("keep", (18.1, 20.5, 24.6, 32.8))):
-        dense = prefill_flops(c, 1000, [0] * 32, head=1000)
-        got = [100 * (1 - prefill_flops(c, 1000, [S] * 32, kv, head=1000) / dense) for S in (0.22, 0.25, 0.30, 0.40)]
+        dense = prefill_flops(c, 1000, [0] * 32, head=1000, last_only=False)
+        got = [100 * (1 - prefill_flops(c, 1000, [S] * 32, kv, head=1000, last_only=False) / dense) for S in (0.22, 0.25, 0.30, 0.40)]
         assert got == pytest.approx(want, abs=0.5)
 
 

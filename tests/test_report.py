@@ -45,7 +45,7 @@ def made_report():
 
 
 def eval_row(name, kl, skipped, artefacts=None, ppl=(10.0, 20.0)):
-    return {"name": name, "kl": kl, "kl_stderr": kl / 10, "kl_items": [kl] * 7, "top1_agreement": 0.9, "ppl": {"responses": ppl[0], "self": ppl[1]},
+    return {"name": name, "kl": kl, "kl_stderr": kl / 10, "kl_items": [kl] * 7, "top1_agreement": 0.9, "ppl": {"responses": ppl[0], "passages": ppl[1]},
             "sparsity_prefill": skipped, "flops_saved_prefill": skipped, "artefacts": artefacts or [], "retention_pooled": 0.8,
             "tasks": {"mine": {"acc": 0.5, "acc_norm": None, "stderr": 0.1}}}
 

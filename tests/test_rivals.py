@@ -125,8 +125,9 @@ def test_parts_scored_decoded_and_masked_are_the_same(tiny, removal, kv, router)
     pair = make_pair(model, [(a, b), (a[:9], b)])
     once = Meter(model)
     states = run_pair(model, pair, once)
-    for got, want in zip(masked_pair(model, pair), states):
-        torch.testing.assert_close(got.x, want.x, atol=1e-4, rtol=1e-4)
+    masked = masked_pair(model, pair)
+    torch.testing.assert_close(predicting(pair, masked), predicting(pair, states), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(masked[1].x, states[1].x, atol=1e-4, rtol=1e-4)
     # with a cache, and token by token
     cache, meter = model.new_cache(2), Meter(model)
     first = model.prefill([a, a[:9]], cache, meter)
@@ -154,7 +155,7 @@ def test_removal_in_prompts_leaves_decoded_tokens_their_own_attention(tiny):
     torch.testing.assert_close(got, text_logits(tiny.use(), b), atol=1e-4, rtol=1e-4)  # rotary embedding is relative
     for whole in (tiny, PartModel.of(tiny)):  # the plain model runs schedules that remove whole blocks
         prompts, responses = run_pair(whole.use(Schedule([1.0] * 6, tiny.fingerprint)), pair)
-        torch.testing.assert_close(torch.cat((prompts.x, responses.x)), tiny.embed.weight[a + b])
+        torch.testing.assert_close(torch.cat((prompts.x, responses.x)), tiny.embed.weight[a + b])  # the last block is gone, too
     tiny.use()
 
 
@@ -166,8 +167,11 @@ def test_flops_of_parts(tiny, router):
     model.prefill([tokens(T)], meter=meter)
     assert meter.used("prefill") == prompt_flops(part_config(c, PARTS), [(tokens(T), [])], WHOLE)
     attn, mlp = 2 * c.p_attn * T + 4 * 32 * T * (T + 1) / 2, 2 * c.p_mlp * T
-    assert meter.used("prefill") == 2 * (attn + mlp) + 2 * mlp + attn
-    assert meter.saved("prefill") == pytest.approx(1 - (2 * (attn + mlp) + 2 * mlp + attn) / (6 * (attn + mlp)))
+    # the last block is an MLP, which only the last token runs; dense, the others leave keys and values there
+    used = 2 * (attn + mlp) + mlp + attn + 2 * c.p_mlp
+    assert meter.used("prefill") == used
+    last = 2 * c.p_kv * (T - 1) + 2 * (c.p_attn + c.p_mlp) + 4 * 32 * T
+    assert meter.saved("prefill") == pytest.approx(1 - used / (5 * (attn + mlp) + last))
     assert meter.dense["decode"] == 0
     model.use(model.routing.schedule, router, removal="prompt")
     meter = Meter(model)
@@ -251,9 +255,11 @@ def test_shortgpt_removes_what_changes_least(tiny):
             cos.append(torch.cosine_similarity(state.x, tiny.prefill_step(l, batch, state).x))
         influence.append(1 - torch.cat(cos).mean().item())
     for level, s, _ in shortgpt(tiny, samples, [0.2, 0.45]):
-        n = round(6 * level)
-        assert {l for l in range(6) if s.sparsity[l] == 1} == set(sorted(range(6), key=influence.__getitem__)[:n])
-        assert realised(tiny.use(s), samples) == pytest.approx(n / 6)
+        order = sorted(range(6), key=influence.__getitem__)
+        shares = [1 - prompt_flops(tiny.config, samples, [float(l in order[:n]) for l in range(6)]) / prompt_flops(tiny.config, samples) for n in range(6)]
+        n = min(range(6), key=lambda n: abs(shares[n] - level))
+        assert {l for l in range(6) if s.sparsity[l] == 1} == set(order[:n]) and n > 0
+        assert realised(tiny.use(s), samples) == pytest.approx(shares[n])
     tiny.use()
 
 
@@ -278,7 +284,7 @@ def test_blockpruner_takes_the_best_of_all(tiny, tmp_path):
 
 def test_lazyllm_meets_its_budget(tiny):
     samples = [(tokens(60 + i, i), tokens(4, i)) for i in range(4)]
-    for level, s, _ in lazyllm(tiny, samples, [0.22, 0.4]):
+    for level, s, _ in lazyllm(tiny, samples, [0.22, 0.35]):
         assert abs(realised(LazyModel.of(tiny).use(s), samples) - level) < 0.02
         assert sorted(s.sparsity) == s.sparsity and s.sparsity[0] == 0
 
@@ -313,7 +319,8 @@ def test_laco_similarity_is_that_of_the_written_model(folder, tmp_path):
     for last in (False, True):
         (level, pruned, notes), = laco(model, samples, [0.3], read_tensors(path), last)
         saved = write_folder(path, tmp_path / "laco", pruned, {"fingerprint": model.fingerprint}, model, samples)
-        assert saved == pytest.approx(2 / 6)
+        whole, lean = (prompt_flops(model.config, samples, s) for s in ([0.0] * 6, [1.0] * 5 + [0.0]))
+        assert saved == pytest.approx(2 / 5 * (whole - lean) / whole)  # two blocks that are not the lean last one
         made, cos = load_pruned(tmp_path / "laco", model), []
         for a, b in samples:
             cos.append(torch.cosine_similarity(*(m.norm(last_states(m, a + b)) for m in (model.use(), made))))
@@ -353,7 +360,7 @@ def test_slicegpt_equals_projections_of_the_dense_model(folder, tmp_path):
     torch.testing.assert_close(cut(torch.tensor([tokens(25, 9)]))[0], model.logits(x @ q @ q.T), atol=1e-3, rtol=1e-3)
     c, T = model.config, [len(a) for a, _ in samples]
     linear = 2 * (k * (8 * 2 * (4 + 2)) + k * 3 * 48 + 2 * k * k)   # q, k, v, o; the MLP; two shortcuts
-    want = sum(6 * (linear * t + 4 * 32 * t * (t + 1) / 2) for t in T)
+    want = sum(5 * (linear * t + 4 * 32 * t * (t + 1) / 2) + linear + 4 * 32 * t + 2 * k * 8 * 2 * 2 * (t - 1) for t in T)
     assert saved == pytest.approx(1 - want / prompt_flops(c, samples))
     # what is kept of the variance is the most that k directions can keep
     x = torch.cat([model.embed.weight[a + b].double() for a, b in samples])
@@ -381,7 +388,9 @@ def test_width_pruning_of_dead_parts_loses_nothing(tmp_path, shape):
     sizes = [(b.n_head, b.n_kv_head, *b.down.weight.shape[::-1]) for b in less.blocks]
     assert sizes == [(4, n, 48, 32)] + [((n - 1) * per, n - 1, 40, 32)] * 5 and saved > 0.15
     of_block = lambda heads, kv, ch, T: 2 * T * 32 * (8 * 2 * (heads + kv) + 3 * ch) + 4 * heads * 8 * T * (T + 1) / 2
-    want, dense = (sum(of_block(h, kv, ch, len(a)) for h, kv, ch, _ in s for a, _ in samples) for s in (sizes, sizes[:1] * 6))
+    of_last = lambda heads, kv, ch, T: 2 * 32 * (8 * 2 * (heads + kv) + 3 * ch) + 4 * heads * 8 * T + 2 * 32 * 8 * 2 * kv * (T - 1)
+    want, dense = (sum(of(h, kv, ch, len(a)) for of, (h, kv, ch, _) in zip([of_block] * 5 + [of_last], s) for a, _ in samples)
+                   for s in (sizes, sizes[:1] * 6))
     assert saved == pytest.approx(1 - want / dense)
     # a cache of uneven blocks
     cache = less.new_cache(1)
@@ -460,7 +469,7 @@ def test_artefacts_and_loadability(rivals, workshop):
                 torch.testing.assert_close(AutoModelForCausalLM.from_pretrained(path)(ids).logits, model(ids), atol=1e-4, rtol=1e-4)
         else:
             o = Schedule.load(f"{path}.json").meta
-        assert o["method"] == method and abs(o["flops_saved"] - 0.3) < 0.07 and o["settings"]["nsamples"] == 6 and o["seconds"] >= 0
+        assert o["method"] == method and abs(o["flops_saved"] - 0.3) < 0.09 and o["settings"]["nsamples"] == 6 and o["seconds"] >= 0
 
 
 def test_peers_are_rows(rivals, workshop, tmp_path, mistake):
@@ -477,7 +486,7 @@ def test_peers_are_rows(rivals, workshop, tmp_path, mistake):
             continue
         assert r["kl"] > 0.001 and 0.2 < r["flops_saved_prefill"] < 0.4
         everywhere = name not in ("lazyllm", "shortgpt_prompt", "blockpruner_prompt")
-        assert r["flops_saved_total"] == pytest.approx(r["flops_saved_prefill"], abs=0.03) if everywhere else (
+        assert r["flops_saved_total"] == pytest.approx(r["flops_saved_prefill"], abs=0.06) if everywhere else (
             r["flops_saved_total"] < r["flops_saved_prefill"] - 0.01)
     got = call(*args, *peers[:-2], "--resume")  # rivals may come and go between runs
     assert "laco:" not in got and "dense:" not in got and "slicegpt" in got and "width" not in got

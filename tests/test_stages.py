@@ -240,7 +240,7 @@ def test_evaluation(made, workshop, tmp_path):
     rows = {r["name"]: r for r in o["rows"]}
     dense = rows["dense"]
     assert dense["kl"] == 0 and dense["top1_agreement"] == 1 and dense["retention"] == 1 and dense["flops_saved_prefill"] == 0
-    assert dense["ppl"]["book.txt"] > 1 and dense["tasks"]["lambada"]["ppl"] > 1 and dense["tasks"]["mine"]["n"] == 9
+    assert dense["ppl"]["book.txt"] > 1 and dense["tasks"]["lambada_openai"]["ppl"] > 1 and dense["tasks"]["mine"]["n"] == 9
     for name in ("uniform", "static", "ftp", "random", "attention"):
         r = rows[name]
         assert r["kl"] > 0 and abs(r["sparsity_prefill"] - 0.3) < 0.03 and r["sparsity_decode"] == 0  # short prompts: quotas round up
@@ -441,12 +441,12 @@ def test_hub_tasks_from_local_data_sets(tmp_path, monkeypatch):
         "mmlu": {"question": "Q?", "subject": "high_school_physics", "choices": ["a", "b", "c", "d"], "answer": 3},
         "winogrande": {"sentence": "Ann saw Sue because _ was tall.", "option1": "Ann", "option2": "Sue", "answer": "2"},
         "piqa": {"goal": "Open it", "sol1": "pull", "sol2": "push", "label": 1},
-        "openbook_qa": {"question_stem": "The sun is", "choices": label, "answerKey": "3"},
-        "lambada": {"text": "They went to the sea"},
+        "openbookqa": {"question_stem": "The sun is", "choices": label, "answerKey": "3"},
+        "lambada_openai": {"text": "They went to the sea"},
     }
     want = {"arc_easy": ("Question: Q?\nAnswer:", " b"), "arc_challenge": ("Question: Q?\nAnswer:", " b"),
             "hellaswag": ("Run: He runs. The man", " goes."), "winogrande": ("Ann saw Sue because Sue", " was tall."),
-            "piqa": ("Question: Open it\nAnswer:", " push"), "openbook_qa": ("The sun is", " c"), "lambada": ("They went to the", " sea"),
+            "piqa": ("Question: Open it\nAnswer:", " push"), "openbookqa": ("The sun is", " c"), "lambada_openai": ("They went to the", " sea"),
             "mmlu": ("The following are multiple choice questions (with answers) about high school physics.\n\nQ?\nA. a\nB. b\nC. c\nD. d\nAnswer:", " D")}
     assert set(rows) == set(tasks.HUB)
     for name, row in rows.items():

@@ -93,7 +93,7 @@ def get_args():
     add("--out_dir", default="out", help="folder of bench.json")
     add("--json", action="store_true",
         help="the last line of stdout is one short JSON document")
-    add("--seed", default=0, type=whole("[0, inf)"), help="seed of random weights")
+    add("--seed", default=0, type=whole("[0, 4294967296)"), help="seed of random weights")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu",
         help="cpu, cuda, cuda:1, ...")
     add("--device_map", default=None, help="not here: one clock reads one device")

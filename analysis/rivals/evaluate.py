@@ -89,8 +89,9 @@ def get_args():
     add("--max_response", type=whole("[1, inf)"), default=64, help="response tokens used")
 
     add = p.add_argument_group("perplexity of texts").add_argument
-    add("--text", default="self",
-        help='comma list of "self", .txt, .jsonl, or datasets id[:config[:split]]')
+    add("--text", default="passages",
+        help='comma list of "passages" (of the held-out prompts), .txt, .jsonl, or datasets '
+             "id[:config[:split]]")
     add("--context", type=whole("[1, inf)"), default=256, help="routed tokens of a window")
     add("--scored", type=whole("[1, inf)"), default=64, help="scored tokens of a window")
     add("--nwindows", type=whole("[0, inf)"), default=100, help="windows at most, 0: all")
@@ -111,7 +112,7 @@ def get_args():
     add("--out_dir", default="out", help="folder of the artefacts")
     add("--resume", action="store_true",
         help="keep the rows that eval_state.json holds from the same settings, data and commit")
-    add("--seed", type=whole("[0, inf)"), default=0, help="seed of everything random")
+    add("--seed", type=whole("[0, 4294967296)"), default=0, help="seed of everything random")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu",
         help="cpu, cuda, cuda:1, ...")
     add("--device_map", default=None, help="not here: rivals run on one device")

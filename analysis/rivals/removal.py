@@ -21,6 +21,7 @@ from lib.config import Config
 from lib.evaluation import nll
 from lib.files import check, load_json, save_json
 from lib.flops import Meter, block_flops
+from lib.last_block import is_lean
 from lib.routing import Routing
 from lib.search import block_influence
 from lib.skipped import Skipped, turn_keys
@@ -63,6 +64,11 @@ class MLPBlock(HalfBlock):
         x, _ = self.extend(x, kept, batch, cache)
         return x, None, None
 
+    def prefill_last(self, x, kept, batch, cache):
+        """As lib/last_block.prefill_last -> x, None, None."""
+        h = self.mlp(x[batch.last])
+        return h.new_zeros(x.shape).index_copy(0, batch.last, h), None, None
+
     def extend(self, x, kept, batch, cache):
         """As Block.extend -> x, None."""
         if kept.n == 0:                     # kernels do not take zero rows
@@ -98,9 +104,11 @@ class PartRouting(Routing):
             return "both"
         return self.parts[l]
 
-    def prefill_of(self, block):
+    def prefill_of(self, block, batch):
         half = self.half(block, "prefill")
-        return half.prefill if isinstance(half, MLPBlock) else super().prefill_of(half)
+        if not isinstance(half, MLPBlock):
+            return super().prefill_of(half, batch)
+        return half.prefill_last if is_lean(batch, half.l, len(self.parts)) else half.prefill
 
     def extend_of(self, block):
         half = self.half(block, "decode")
@@ -222,12 +230,19 @@ def part_meter(meter, routing, phase):
 
 def shortgpt(model, samples, levels):
     """The blocks of lowest Block Influence go, ranked once."""
-    influence = block_influence(model, samples)
+    influence, dense = block_influence(model, samples), prompt_flops(model.config, samples)
     n = len(influence)
     order = sorted(range(n), key=influence.__getitem__)
+
+    def sparsity(k):
+        return [float(l in order[:k]) for l in range(n)]
+
+    def cost(k):
+        return prompt_flops(model.config, samples, sparsity(k))
+
     for level in levels:
-        gone = order[:round(level * n)]     # a block's share of the FLOPs is 1 / n_layer
-        schedule = Schedule([float(l in gone) for l in range(n)], model.fingerprint)
+        gone = order[:nearest(level, range(n), cost, dense)]
+        schedule = Schedule(sparsity(len(gone)), model.fingerprint)
         yield level, schedule, {"block_influence": influence, "removed": gone}
 
 
