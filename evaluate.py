@@ -3,7 +3,7 @@
     python evaluate.py --schedule out/schedule_ft.json --router out/router.safetensors
     python evaluate.py --tasks arc_easy,hellaswag,mmlu --limit 500 --rows static,ftp,ftp_decode
     python evaluate.py --tasks mine=items.jsonl --text book.txt --protocol joint
-    python evaluate.py --tasks piqa,lambada_openai --floor --text Salesforce/wikitext:wikitext-2-raw-v1
+    python evaluate.py --tasks lambada_openai --floor --text Salesforce/wikitext:wikitext-2-raw-v1
     python evaluate.py --model out/export                     # a folder that brings its own routing
     torchrun --nproc_per_node 8 evaluate.py --tasks hellaswag,mmlu       # the items over 8 GPUs
 

@@ -10,6 +10,7 @@ each block's quota and the router's fourth factor. The thresholds by which decod
 calibrated anew for the result, and stored with it.
 """
 import random
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,7 +20,17 @@ from lib.calibration import calibrate_decode
 from lib.data import load_samples, load_tokenizer
 from lib.files import check
 from lib.processes import rank
-from lib.search import THOUSAND, Fitness, data_pair, evolve, mutate, repair, resume_key, work
+from lib.search import (
+    THOUSAND,
+    Fitness,
+    data_pair,
+    evolve,
+    mutate,
+    repair,
+    resume_key,
+    with_last,
+    work,
+)
 from lib.skipped import Forecaster
 from lib.stage import Parser, number, run, start, whole
 from model_ftp import Router
@@ -136,14 +147,16 @@ def main():
     check(max(schedule.sparsity) * THOUSAND <= top + 1e-6,
           f"--max_sparsity {args.max_sparsity}: the schedule has a block above it; raise it")
     # files from before thousandths, or made by hand, are brought to them
-    total = round(schedule.mean * len(schedule.sparsity) * THOUSAND)
-    given = repair([s * THOUSAND for s in schedule.sparsity], total, top, rng)
+    *units, last = [s * THOUSAND for s in schedule.sparsity]
+    last, total = round(last), round(sum(units))
+    given = repair(units, total, top, rng)
     others = [mutate(given, total, top, rng, args.move * THOUSAND)
               for _ in range(args.population - 1)]
 
     # search; another schedule or router makes another search
-    fitness = Fitness(model, fit, router, max_states=args.max_states, **routing)
-    watch = Fitness(model, watched, router, max_states=0, spread=True, **routing)
+    convert = partial(with_last, last)
+    fitness = Fitness(model, fit, router, max_states=args.max_states, convert=convert, **routing)
+    watch = Fitness(model, watched, router, max_states=0, convert=convert, spread=True, **routing)
     settings = resume_key(args, model, routing, fit, watched)
     settings |= {"schedule_id": schedule.id, "router_id": router.id}
     state_path = Path(args.out_dir) / "finetune_state.json"

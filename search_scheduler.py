@@ -15,6 +15,7 @@ than all of them.
 """
 import random
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,6 +38,7 @@ from lib.search import (
     repair,
     resume_key,
     shapes,
+    with_last,
     work,
 )
 from lib.skipped import Forecaster
@@ -126,12 +128,14 @@ class Budget(NamedTuple):
 
 def sparsity_budget(args, n_layer):
     """The thousandths are a block's sparsity. FTPError where too few blocks can skip."""
-    total = round(args.sparsity * n_layer * THOUSAND)
-    top = round(args.max_sparsity * THOUSAND)
+    total, top = round(args.sparsity * n_layer * THOUSAND), round(args.max_sparsity * THOUSAND)
     check(total <= top * (n_layer - 1),
           f"--sparsity {args.sparsity}: out of reach with --max_sparsity {args.max_sparsity} and "
           "block 0 dense; lower it")
-    return Budget(total, top, n_layer, as_sparsity)
+    if args.method == "late":
+        return Budget(total, top, n_layer, as_sparsity)
+    last = round(total / (n_layer - 1))         # the uniform schedule's
+    return Budget(total - last, top, n_layer - 1, partial(with_last, last))
 
 
 def flops_budget(args, config, samples, routing):

@@ -6,10 +6,13 @@
     hf upload owner/name out/export          # then from_pretrained("owner/name") does the same
 
 In: a model, its schedule and router. Out: a folder with config.json, tokenizer and weights of the
-model as they are, the artefacts and the settings they go with in ftp/, and README.md, whose every
-figure is read from the artefacts. transformers loads the folder too, as the dense model.
+model as they are, the artefacts and the settings they go with in ftp/, model_ftp.py with what it
+reads, and README.md, whose every figure is read from the artefacts. transformers loads the folder
+too: routed with trust_remote_code=True, without it as the plain dense model.
 """
+import json
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -36,14 +39,17 @@ Method: "FTP: A Fine-grained Token-wise Pruner for Large Language Models via Tok
 (arXiv 2412.11494), an independent implementation.
 
 ```python
-from lib.data import load_tokenizer, render  # of the implementation's repository
-from model_ftp import FTPModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 here = "FOLDER OR HUB ID OF THIS MODEL"
-model, tokenizer = FTPModel.from_pretrained(here), load_tokenizer(here)  # routed at once
-print(tokenizer.decode(model.generate([render(tokenizer, "Why is the sky blue?")])[0]))
-model.use()  # dense from here on
+model = AutoModelForCausalLM.from_pretrained(here, trust_remote_code=True)  # routed at once
+tokenizer = AutoTokenizer.from_pretrained(here)
+inputs = tokenizer("The sky is blue because", return_tensors="pt")
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0]))
+model.ftp.use()  # dense from here on; without trust_remote_code it is the plain dense model
 ```
+
+In the implementation's repository, `FTPModel.from_pretrained(here)` gives the same model.
 
 ## What was made
 
@@ -67,6 +73,9 @@ PREFILL = {
     "argmax": "the router's own (argmax)",
 }
 KEYS_AND_VALUES = {"drop": "dropped", "keep": "kept"}
+ROOT = Path(__file__).resolve().parent.parent
+REMOTE = ROOT / "extras" / "modeling_ftp.py"        # what transformers loads
+OURS = re.compile(r"^from (?:lib\.(\w+)|(model_ftp)) import ", re.MULTILINE)
 BESIDE_WEIGHTS = ("*.json", "*.jinja", "tokenizer.model", "LICENSE*")   # what a model folder needs
 
 
@@ -302,6 +311,25 @@ def copy_model(source, folder):
         shutil.copy2(file, folder / file.name)
 
 
+def copy_code(folder):
+    """Our code that a routed model needs, side by side in the folder, and where config.json says
+    so. Imports become relative: transformers looks after such files alone."""
+    todo, done = [REMOTE], set()
+    while todo:
+        source = todo.pop()
+        done.add(source)
+        text = source.read_text()
+        for m in OURS.finditer(text):
+            file = ROOT / "lib" / f"{m[1]}.py" if m[1] else ROOT / "model_ftp.py"
+            if file not in done:
+                todo.append(file)
+        relative = OURS.sub(lambda m: f"from .{m[1] or m[2]} import ", text)
+        (folder / source.name).write_text(relative)
+    config = json.loads((folder / "config.json").read_text())
+    config["auto_map"] = {"AutoModelForCausalLM": f"{REMOTE.stem}.FTPForCausalLM"}
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
 def save_artefacts(folder, schedule, router, routing, made_for):
     """Schedule, router and forecaster, and ftp.json: how from_pretrained puts them together."""
     folder.mkdir()
@@ -342,12 +370,14 @@ def main():
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     copy_model(find_model(args.model), part)
+    copy_code(part)
     save_artefacts(part / "ftp", schedule, router, routing, model.fingerprint)
     (part / "README.md").write_text(readme)
     part.rename(out)
 
     entries = len(list(out.iterdir()))
-    print(f"-> {out}: {entries} entries; try FTPModel.from_pretrained({str(out)!r}), "
+    print(f"-> {out}: {entries} entries; try FTPModel.from_pretrained({str(out)!r}), or "
+          "transformers' AutoModelForCausalLM with trust_remote_code=True; "
           f"push with: hf upload owner/name {out}")
 
 

@@ -8,6 +8,7 @@
 import json
 import os
 import random
+import re
 from pathlib import Path
 
 from lib.checkpoint import HOME, find_model
@@ -21,7 +22,7 @@ SPLITS = ("train", "watch", "heldout")  # to fit, to stop early, to evaluate
 
 # What an item may hold. "response_ids" are a model's own, else "output" is tokenised.
 FORM: dict = {key: (str, None) for key in ("instruction", "input", "output", "text")}
-FORM |= {"response_ids": ([int], None)}
+FORM |= {"response_ids": ([int], None), "bare": (bool, None)}
 
 
 def splits_of(n):
@@ -132,14 +133,21 @@ def from_hub(name, config, split, flag):
 # ------------------------------------------------------------------------------------------------
 # what the dense model itself writes
 
-def render(tokenizer, instruction, context=""):
-    """Token ids of a prompt: the model's chat template, or Alpaca's headings for a base model."""
+def render(tokenizer, instruction, context="", bare=False):
+    """Token ids of a prompt: the model's chat template, or Alpaca's headings for a base model.
+
+    bare: without the system prompt that a template may put first.
+    """
     text = f"{instruction}\n\n{context}" if context else instruction
     if not tokenizer.chat_template:
         return tokenizer(f"### Instruction:\n{text}\n\n### Response:\n")["input_ids"]
-    chat = [{"role": "user", "content": text}]
+    chat, head = [{"role": "user", "content": text}], ""
+    if bare:
+        # some templates put their own where none is given: an empty one is given, and cut off
+        empty = [{"role": "system", "content": ""}]
+        head, chat = tokenizer.apply_chat_template(empty, tokenize=False), empty + chat
     text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
+    return tokenizer(text.removeprefix(head), add_special_tokens=False)["input_ids"]
 
 
 def written(model, name, prompts, row, max_new_tokens, temperature, top_p=0.95, seed=0,
@@ -188,15 +196,18 @@ def save_lines(path, lines):
     save_files({path: lambda temporary: temporary.write_text(text)})
 
 
-def self_responses(model, tokenizer, seed=0, max_new_tokens=64, batch_size=32):
-    """Rows of this repository's prompts with responses that `model` writes once."""
+def self_responses(model, tokenizer, seed=0, max_new_tokens=64, batch_size=32, bare=False):
+    """Rows of this repository's prompts with responses that `model` writes once.
+
+    bare: the prompts stand without a system prompt.
+    """
     rows = read_rows(PROMPTS)
-    prompts = [render(tokenizer, r["instruction"], r["input"]) for r in rows]
+    prompts = [render(tokenizer, r["instruction"], r["input"], bare) for r in rows]
 
     def row(i, new):
-        return {**rows[i], "response_ids": new}
-    return written(model, "", prompts, row, max_new_tokens, temperature=0.7, seed=seed,
-                   batch_size=batch_size)
+        return {**rows[i], "response_ids": new, **({"bare": True} if bare else {})}
+    return written(model, "bare-" if bare else "", prompts, row, max_new_tokens, temperature=0.7,
+                   seed=seed, batch_size=batch_size)
 
 
 def self_text(model, tokenizer, seed=0, max_new_tokens=320, n=256):
@@ -224,9 +235,10 @@ def load_samples(data, model, tokenizer, split="train", nsamples=None, max_promp
                  max_response=64, min_response=8, seed=0):
     """[(prompt ids, response ids)] of one of the disjoint SPLITS, shuffled by `seed`.
 
-    data: "self", "text", an Alpaca-form .json/.jsonl file, a .txt, or a `datasets` id; or several
-    with commas between, of which each gives its share of nsamples. Prompts of more than max_prompt
-    tokens are left out, never cut; responses are cut at max_response. Plain text (items with "text"
+    data: "self", "bare" (as "self" without a system prompt), "text", "cloze" (words of "text"
+    that stood there before, to be found again), an Alpaca-form .json/.jsonl file, a .txt, or a
+    `datasets` id; or several with commas between, each of its share of nsamples. Prompts of more
+    than max_prompt tokens are left out, never cut; responses are cut at max_response. Plain text (items with "text"
     alone) gives windows of max_prompt + max_response tokens.
     """
     out = []
@@ -256,6 +268,9 @@ def samples_of(source, model, tokenizer, split, max_prompt, max_response, min_re
         what = f"item {i + 1}"
         wrong = misfit(row, FORM, what)
         check(not wrong, f"--data: in {source} {wrong}; mend or remove it")
+        if source == "cloze":
+            out += cloze(row["text"], tokenizer, max_prompt)
+            continue
         if row.get("instruction") is None and row.get("text") is not None:
             out += text_windows(row["text"], tokenizer, max_prompt, max_response)
             continue
@@ -284,7 +299,9 @@ def rows_of(source, model, tokenizer):
     """The rows of one source of load_samples()."""
     if source == "self":
         return self_responses(model, tokenizer)
-    if source == "text":
+    if source == "bare":
+        return self_responses(model, tokenizer, bare=True)
+    if source in ("text", "cloze"):
         return self_text(model, tokenizer)
     if Path(source).suffix == ".txt":
         text = load_text(source, "--data")
@@ -305,13 +322,33 @@ def text_windows(text, tokenizer, max_prompt, max_response):
     return windows(ids, context, max_response)
 
 
+def cloze(text, tokenizer, max_prompt, least=40):
+    """Samples of a text: what stands before a word that was there before, and that word.
+
+    At least `least` tokens of prompt; the last such words of the text, two at most.
+    """
+    words = list(re.finditer(r"(?<= )[A-Za-z]{4,}", text))
+    seen, places = set(), []
+    for m in words:
+        if m[0].lower() in seen:
+            places.append(m)
+        seen.add(m[0].lower())
+    out = []
+    for m in reversed(places):
+        prompt = tokenizer(text[:m.start() - 1], add_special_tokens=False)["input_ids"]
+        word = tokenizer(" " + m[0], add_special_tokens=False)["input_ids"]
+        if least <= len(prompt) <= max_prompt and len(out) < 2:
+            out.append((prompt, word))
+    return out
+
+
 def instruction_sample(row, tokenizer, what):
     """(prompt ids, response ids) of one instruction, neither cut."""
     ids, output = row.get("response_ids"), row.get("output")
     answered = ids is not None or output is not None
     check(row.get("instruction") is not None and answered,
           f"--data: {what} lacks instruction or output")
-    prompt = render(tokenizer, row["instruction"], row.get("input") or "")
+    prompt = render(tokenizer, row["instruction"], row.get("input") or "", bool(row.get("bare")))
     if ids is None:
         ids = tokenizer(output, add_special_tokens=False)["input_ids"]
     return prompt, ids

@@ -4,6 +4,7 @@ transformers reads the file. What it would pass over without a word is looked at
 scaling, tensors it does not find, parts of a split file, further end tokens.
 """
 import shutil
+from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -37,9 +38,9 @@ def from_gguf(file, folder, dtype=torch.float16):
 
 def read_gguf(file, dtype, source):
     """The file's fields, model, names of tensors it lacks, and tokenizer."""
-    from gguf import GGUFReader
+    # by name, as transformers asks for all that a routed folder's code imports
+    reader = import_module("gguf").GGUFReader(file)
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-    reader = GGUFReader(file)
     refuse_features(reader, source)
     model, info = AutoModelForCausalLM.from_pretrained(
         file.parent, gguf_file=file.name, dtype=dtype, output_loading_info=True,

@@ -3,9 +3,10 @@
     fitness = Fitness(model, samples)                  # KL to the dense model, lower is better
     best, history = evolve(fitness, watch, population, total, top, args, state_path, settings)
 
-A candidate is `units`, a list of whole numbers: the sparsity of each block in thousandths (or what
-flops_converter() says). So its mean stays exact: every candidate has the same sum `total`, no block
-more than `top`, and block 0 none, as no attention score exists before it.
+A candidate is `units`, a list of whole numbers: the sparsity of each block but the last in
+thousandths (see with_last(); or what flops_converter() says). So its mean stays exact: every
+candidate has the same sum `total`, no block more than `top`, and block 0 none, as no attention
+score exists before it.
 """
 import random
 import time
@@ -48,6 +49,15 @@ STATE = "ftp-search-state-2"            # format of the file that --resume reads
 def as_sparsity(units):
     """Units that are the blocks' sparsities. The other meaning is flops_converter()'s."""
     return [u / THOUSAND for u in units]
+
+
+def with_last(last, units):
+    """Units of all blocks but the last, whose sparsity every candidate shares, in thousandths.
+
+    Little is computed in the last block that a skip could save (lib/last_block.py): a search for
+    the least harm at equal sparsity would hide its skips there, and save less than it says.
+    """
+    return as_sparsity([*units, last])
 
 
 class Fitness:

@@ -5,6 +5,7 @@ import os
 import pytest
 import torch
 from conftest import make_router, tokens
+from test_families import FAMILIES, make
 from test_model import gathered_rows
 from test_stages import inside
 
@@ -71,6 +72,40 @@ def test_export_is_routed_at_once(workshop, made, tmp_path, how, call):
         assert torch.allclose(hf(torch.tensor(PROMPTS[:1])).logits, m(torch.tensor(PROMPTS[:1])), atol=1e-4)
     assert AutoTokenizer.from_pretrained(tmp_path / "e")("ab")["input_ids"] == AutoTokenizer.from_pretrained(workshop[0])("ab")["input_ids"]
     assert Router.load(tmp_path / "e" / "ftp" / "router.safetensors").id == Router.load(made / "router.safetensors").id
+
+
+@pytest.mark.parametrize("family", ["LLaMA 3.1", "Mistral", "Qwen2.5", "Qwen3", "SmolLM3"])
+@pytest.mark.parametrize("forecast", [False, True], ids=["ftp", "late"])
+def test_auto_model_with_remote_code_generates_what_we_do(family, forecast, tmp_path, capsys):
+    """Greedy text of unequal left-padded prompts is FTPModel's, token for token; without the flag the folder is the dense model."""
+    from transformers import AutoModelForCausalLM
+    hf = make(tmp_path / "m", **FAMILIES[family])
+    m = FTPModel.from_pretrained(tmp_path / "m")
+    s = Schedule([0.0, 0.3, 0.5, 0.7, 0.5, 0.6], m.fingerprint)
+    s.save(tmp_path / "schedule.json")
+    make_router(m, s).save(tmp_path / "router.safetensors")
+    how = ["--router", tmp_path / "router.safetensors"]
+    if forecast:
+        fit(m, [(tokens(40, i), tokens(20, 100 + i)) for i in range(8)], [(tokens(40, 9), tokens(20, 9))], 4, s).save(tmp_path / "f.safetensors")
+        how = ["--router", "static", "--kv", "keep", "--forecaster", tmp_path / "f.safetensors"]
+    code, _, err = inside("extras/export.py", "--model", tmp_path / "m", "--schedule", tmp_path / "schedule.json", *how, "--out_dir", tmp_path / "e",
+                          "--dtype", "float32", "--threads", 1, capsys=capsys)
+    assert code == 0, err
+    auto = AutoModelForCausalLM.from_pretrained(tmp_path / "e", trust_remote_code=True)
+    want = FTPModel.from_pretrained(tmp_path / "e").generate(PROMPTS, max_new_tokens=12)
+    ids = torch.tensor([PROMPTS[0], [0] * 15 + PROMPTS[1]])
+    got = auto.generate(input_ids=ids, attention_mask=torch.tensor([[1] * 40, [0] * 15 + [1] * 25]), max_new_tokens=12, pad_token_id=96)
+    assert torch.equal(got[:, :40], ids)
+    for row, w in zip(got[:, 40:].tolist(), want):
+        assert row == w + [96] * (len(row) - len(w))
+    assert want != FTPModel.from_pretrained(tmp_path / "m").generate(PROMPTS, max_new_tokens=12)    # something was pruned
+    with pytest.raises(ValueError, match="num_beams"):
+        auto.generate(ids, num_beams=2)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "e")
+    assert type(plain) is type(hf)
+    with torch.no_grad():
+        assert torch.allclose(plain(ids[:1]).logits, hf(ids[:1]).logits, atol=1e-4)
+        assert torch.allclose(auto.ftp.use()(ids[:1]), hf(ids[:1]).logits, atol=1e-4)
 
 
 def test_static_export_of_a_sharded_model(workshop, made, tmp_path, call):

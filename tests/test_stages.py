@@ -123,15 +123,15 @@ def test_the_uniform_schedule_wins_where_it_is_better(workshop, tmp_path, monkey
     a, b = common(workshop, tmp_path)
     monkeypatch.setattr(sys, "argv", ["search_scheduler.py", *map(str, [*a, *b]), "--nsamples", "2", "--nwatch", "4"])
     threads, got = torch.get_num_threads(), {}
-    for steep in (9, -9, 0):     # the budget in the last blocks, in the first ones, spread evenly
-        found = allocate([(l + 1.0) ** steep for l in range(6)], 1800, 990, random.Random(0))
+    for steep in (9, -9, 0):     # the budget in the last blocks, in the first ones, spread evenly; the very last block has its share
+        found = allocate([(l + 1.0) ** steep for l in range(5)], 1800 - 360, 990, random.Random(0))
         monkeypatch.setattr(search_scheduler, "evolve", lambda *a: ({"units": found}, []))
         search_scheduler.main()
         s = Schedule.load(tmp_path / "schedule.json")
         got[steep] = s.meta["kl_watch_found"]
         assert s.meta["kl_watch"] == min(s.meta["kl_watch_found"], s.meta["kl_watch_uniform"])
         better = s.meta["kl_watch_found"] <= s.meta["kl_watch_uniform"]
-        assert [round(v * THOUSAND) for v in s.sparsity] == found if better else max(s.sparsity) - min(s.sparsity[1:]) < 0.01
+        assert [round(v * THOUSAND) for v in s.sparsity] == [*found, 360] if better else max(s.sparsity) - min(s.sparsity[1:]) < 0.01
         assert ("uniform one is kept" in capsys.readouterr().out) == (not better)
     torch.set_num_threads(threads)
     assert max(got.values()) > got[0]     # at least one of them had to give way
@@ -244,7 +244,7 @@ def test_evaluation(made, workshop, tmp_path):
     for name in ("uniform", "static", "ftp", "random", "attention"):
         r = rows[name]
         assert r["kl"] > 0 and abs(r["sparsity_prefill"] - 0.3) < 0.03 and r["sparsity_decode"] == 0  # short prompts: quotas round up
-        assert r["flops_saved_prefill"] > 0.2
+        assert r["flops_saved_prefill"] > 0.18  # a fifth of the sparsity is the last block's, where it saves nothing
     assert abs(rows["ftp_decode"]["sparsity_decode"] - 0.3) < 0.2
 
 
@@ -505,6 +505,14 @@ def test_embedded_model(tmp_path):
         model.prefill([prompt], meter=meter)
         assert meter.saved("prefill") == pytest.approx(float(folder.name[-4:]), abs=0.01)
     model.use()
+    shipped = ROOT / "artifacts" / "smollm2" / "late-0.30"
+    call("extras/export.py", "--schedule", shipped / "schedule.json", "--router", "static", "--kv", "keep", "--forecaster", shipped / "forecaster.safetensors",
+         "--out_dir", tmp_path / "export", "--dtype", "float32")
+    auto = AutoModelForCausalLM.from_pretrained(tmp_path / "export", trust_remote_code=True)
+    texts = tok([r["instruction"] for r in rows[:3]], return_tensors="pt", padding=True, padding_side="left")
+    want = FTPModel.from_pretrained(tmp_path / "export").generate([tok(r["instruction"])["input_ids"] for r in rows[:3]], max_new_tokens=8)
+    got = auto.generate(**texts, max_new_tokens=8)[:, texts["input_ids"].shape[1]:].tolist()
+    assert [row[:len(w)] for row, w in zip(got, want)] == want
     answers = model.generate([data.render(tok, r["instruction"], r["input"]) for r in rows], max_new_tokens=24, temperature=0.7)
     (tmp_path / "few.json").write_text(json.dumps([r | {"output": tok.decode(a)} for r, a in zip(rows, answers)]))
     few = ["--nsamples", 12, "--nwatch", 8, "--out_dir", tmp_path, "--data", tmp_path / "few.json"]
