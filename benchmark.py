@@ -138,6 +138,7 @@ def check_args(args):
             check(getattr(args, flag) != value,
                   f"--{flag} {value}: only a trained router decides so; give --router too")
     shortest = min(args.lengths)
+    # each round of --vary takes a token off, and the shortest prompt must outlast them
     if args.ragged:
         check(2 * max(args.batch_sizes) <= shortest,
               "--ragged: the shortest prompt would have one token; give longer --lengths")
@@ -170,6 +171,7 @@ def check_own_routing(args):
 
 def prompt_sizes(batch_size, length, ragged):
     """Lengths of the prompts of a batch."""
+    # ragged: evenly from length / batch_size up, so that a padded batch is almost half pads
     if not ragged:
         return [length] * batch_size
     return [length * (b + 1) // batch_size for b in range(batch_size)]
@@ -191,7 +193,7 @@ def ways_to_route(args):
 
 def our_variants(args, model, schedule, router):
     """{name: Ours}, dense first. An exported folder brings its routing, unless told otherwise."""
-    own = model.routing
+    own = model.routing                            # before the variants put theirs in its place
     variants = {"dense": Ours(model)}
     learned, untrained = ways_to_route(args)
     if schedule:
@@ -229,6 +231,7 @@ def measure_all(args, variants, model):
     """Every batch size and length in turn -> rows of bench.json; a line of progress each."""
     rows = []
     shapes = [(b, t) for b in args.batch_sizes for t in args.lengths]
+    # within a shape the variants take turns, so that a noisy minute hits all of them alike
     for i, (batch_size, length) in enumerate(shapes, 1):
         sizes = prompt_sizes(batch_size, length, args.ragged)
         timings = measure(variants, sizes, args.n_decode, args.rounds, model.config.vocab_size,
@@ -245,6 +248,7 @@ def measure_all(args, variants, model):
 def router_shares(args, variants, model):
     """{variant: {prompt length: share of its prefill that routing takes}} of trained routers."""
     vocab = model.config.vocab_size
+    # by the profiler, which slows what it looks at: a share of its own pass, not of the clock's
     return {name: {str(t): router_share(v, t, vocab) for t in args.lengths}
             for name, v in variants.items() if isinstance(v, Ours) and v.learned}
 
@@ -267,6 +271,7 @@ def print_report(result, path):
         said = ", ".join(f"{t} tokens {100 * v:.1f} %" for t, v in shares.items())
         print(f"{name}: router and scores take of a prefill: {said}")
     for name, shapes in result["masked_difference"].items():
+        # rounding may swap two tokens of nearly equal margin: both numbers are told
         said = ", ".join(f"{shape} {v['logits']:.1e} and {100 * v['decisions']:.3f} %"
                          for shape, v in shapes.items())
         print(f"{name}: against the masked reference, logits and decisions differ: {said}")
@@ -277,7 +282,7 @@ def print_report(result, path):
 
 def short_json(result, path):
     """One line for other programs: {variant: {"prefill 1x1024": speed-up}} and where all is."""
-    speedups = {}
+    speedups = {}                                  # the whole rows are walls of numbers
     for r in result["rows"]:
         key = f"{r['phase']} {r['batch_size']}x{r['prompt_len']}"
         speedups.setdefault(r["name"], {})[key] = round(r["speedup_vs_dense"], 3)

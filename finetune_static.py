@@ -122,7 +122,7 @@ def thresholds(args, model, tokenizer):
 
 def report(cost, before, after):
     """Print what was gained over the schedule of stage 1, and what it cost."""
-    diff = before - after           # (nwatch,)
+    diff = before - after           # (nwatch,); paired, as samples differ more than schedules
     print(f"watched KL: {before.mean():.4f} -> {after.mean():.4f}, difference {diff.mean():.4f} "
           f"+- {diff.std() / len(diff) ** 0.5:.4f} (standard error over {len(diff)} samples)")
     print(f"{cost['evaluations']} evaluations in {cost['seconds']} s: "
@@ -150,6 +150,7 @@ def main():
     *units, last = [s * THOUSAND for s in schedule.sparsity]
     last, total = round(last), round(sum(units))
     given = repair(units, total, top, rng)
+    # neighbours, as the router was trained for shares like these
     others = [mutate(given, total, top, rng, args.move * THOUSAND)
               for _ in range(args.population - 1)]
 

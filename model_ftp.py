@@ -24,7 +24,7 @@ import torch.nn.functional as F
 
 from lib.artefacts import FACTORS, INPUTS, KINDS, read_router, write_router
 from lib.attention import Scores, runs, scores_of_new
-from lib.batch import Batch, Kept, by_mask
+from lib.batch import Batch, Kept, by_mask, of_spans
 from lib.cache import KVCache, to_device
 from lib.checkpoint import exported_routing, fingerprint, load_weights, read_config
 from lib.config import quota, rope_frequencies
@@ -64,8 +64,7 @@ def choose(margin, batch, s, rule="topk"):
         mask[these].view(b, n).scatter_(1, best, True)
         start = these.stop
     counts = np.array([quota(n, s) for n in batch.lengths.tolist()])
-    # quotas tell how many: the host need not wait for the device
-    rows = torch.nonzero_static(mask, size=int(counts.sum()))[:, 0]
+    rows = torch.nonzero_static(mask, size=int(counts.sum()))[:, 0]    # no wait for the device
     return Kept(batch, rows, counts, margin)
 
 
@@ -74,17 +73,18 @@ class Router(nn.Module):
 
     kind: "global" is the paper's, one MLP for all blocks; "local" one each; "recurrent" a global
     one whose hidden layer sees its value at the decision before. inputs: of FACTORS, "place",
-    "forecast", "hidden". score: W or "mean". group: so many neighbouring blocks share a decision.
+    "forecast", "hidden". score: W or "mean". group, span: so many neighbouring blocks share a
+    decision, so many neighbouring tokens of a prompt the mean of their margins.
     """
     def __init__(self, config, made_for, kind="global", inputs=FACTORS, width=64, score=16, group=1,
-                 meta=None):
+                 meta=None, span=1):
         super().__init__()
         unknown = [i for i in inputs if i not in INPUTS and i != "hidden"]
         if kind not in KINDS or not inputs or unknown:
             raise FTPError(f"--router_kind {kind} --inputs {','.join(inputs)}: kinds are "
                            f"{', '.join(KINDS)}; inputs {', '.join(INPUTS)}, hidden")
-        self.kind, self.inputs, self.width = kind, tuple(inputs), width
-        self.score, self.group, self.meta, self.fingerprint = score, group, meta or {}, made_for
+        self.kind, self.inputs, self.width, self.score = kind, tuple(inputs), width, score
+        self.group, self.span, self.meta, self.fingerprint = group, span, meta or {}, made_for
         self.n_layer, self.hidden_size = config.n_layer, config.hidden_size
         self.n_inputs = sum(INPUTS.get(i, config.hidden_size) for i in inputs)
         n, g = self.n_inputs, config.n_layer if kind == "local" else 1
@@ -142,7 +142,7 @@ class Router(nn.Module):
     def load(cls, path):
         """What save() wrote. FTPError if it is damaged."""
         tensors, twin = read_router(path)
-        how = {k: twin[k] for k in ("kind", "inputs", "width", "score", "group", "meta")}
+        how = {k: twin[k] for k in ("kind", "inputs", "width", "score", "group", "span", "meta")}
         with torch.device("meta"):                              # the file's tensors are its storage
             router = cls(SimpleNamespace(**twin), twin["fingerprint"], **how)
         router.load_state_dict(tensors, assign=True)
@@ -363,7 +363,7 @@ class FTPModel(nn.Module):
         forecast = r.skipped.reach(l, state.x) if "forecast" in r.router.inputs else None
         f = r.router.factors(batch, state, s, forecast)
         margin, memory = self.ask(l, f, state.memory)
-        return margin, replace(state, memory=memory)
+        return of_spans(margin, batch, r.router.span), replace(state, memory=memory)
 
     def ask(self, l, f, memory):
         """The router's answer to factors f (N, n_inputs)."""

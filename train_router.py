@@ -3,6 +3,7 @@
     python train_router.py --schedule out/schedule.json    # -> out/router.safetensors and .json
     python train_router.py --inputs hidden --router_kind local --hinge    # the paper's ablations
     python train_router.py --group 3      # every third block decides, for the next two as well
+    python train_router.py --teach worth --span 8 --data text,bare,cloze    # beyond the paper
     python train_router.py --guide out/router.safetensors --width 128    # the guide found for it
     python train_router.py --resume             # go on after an interruption
     torchrun --nproc_per_node 8 train_router.py --batch_size 8    # one sample of a step a GPU
@@ -14,7 +15,8 @@
 Decisions are hard in the forward pass, with the quotas of inference, and straight-through in the
 backward pass. The guide is a keeping order by position and score. The paper's is {first, newest ...
 oldest} (--guide static). By default a better one is searched for on the samples, and the router
-learns to imitate it before the distillation starts.
+learns to imitate it before the distillation starts. With --teach worth it imitates instead what
+each span of the prompt is worth to the answer (lib/worth.py).
 
 Under torchrun the samples of a step are spread over the ranks, and the gradients summed here. This
 is not DistributedDataParallel, which wraps one forward of one module: each block calls the router
@@ -57,6 +59,7 @@ from lib.scoring import (
 )
 from lib.skipped import Forecaster
 from lib.stage import Parser, bar, number, run, saved, start, whole, words
+from lib.worth import Oracle
 from model_ftp import FTPModel, Router
 
 FORMAT = "ftp-train-state-2"       # of the file that --resume reads
@@ -83,8 +86,9 @@ def get_args():
     add("--width", type=whole("[1, inf)"), default=64, help="hidden width")
     add("--score", type=window, default=16,
         help="attention score from the last W prompt queries, or mean over all (paper-like)")
-    add("--group", type=whole("[1, inf)"), default=1,
-        help="neighbouring blocks that share a decision; 3 costs a third of the router and scores")
+    # 3 costs a third of the router and scores; spans of 8 spare what reads the token before
+    add("--group", type=whole("[1, inf)"), default=1, help="blocks that share a decision")
+    add("--span", type=whole("[1, inf)"), default=1, help="tokens that skip together, 1: the paper")
 
     # under which the router is trained, and later runs
     add = p.add_argument_group("routing").add_argument
@@ -114,17 +118,18 @@ def get_args():
     add("--lambda_d", type=number("[0, inf)"), default=1.0, help="weight of the distillation loss")
     add("--lambda_s", type=number("[0, inf)"), default=1.0, help="weight of the sparsity loss")
     add("--lambda_g", type=number("[0, inf)"), default=0.05, help="of the guide loss, at first")
-    add("--guide_until", type=number("[0, inf)"), default=0.5,
-        help="share of the steps after which the guide loss has decayed to 0")
+    add("--guide_until", type=number("[0, inf)"), default=0.5, help="share of steps it decays in")
     add("--hinge", action="store_true", help="the paper's one-sided sparsity loss")
     add("--distill", default="kl", choices=["kl", "mse"],
         help="distil the next-token distribution or the last hidden state")
 
-    # before the distillation: an order is searched for, and the router imitates it
-    add = p.add_argument_group("guide").add_argument
+    # before the distillation the router imitates an order, or what each span is worth
+    add = p.add_argument_group("teaching").add_argument
+    add("--teach", default="guide", choices=["guide", "worth"],
+        help="an order (the paper), or what each span of the training samples is worth to them")
+    add("--worth_span", type=whole("[1, inf)"), default=8, help="tokens of a span measured so")
     add("--guide", default="search",
-        help='order that is taught: "search" for it on the samples, "static" (the paper\'s), or a '
-             "router file, to take its guide; the search is more than half of a short training")
+        help='"search" for the order on the samples, "static" (the paper\'s), or a router\'s file')
     add("--guide_evals", type=whole("[1, inf)"), default=40, help="orders tried by the search")
     add("--guide_samples", type=whole("[1, inf)"), default=24, help="samples it measures on")
     add("--warmup", type=whole("[0, inf)"), default=1500, help="steps of the guide loss alone")
@@ -133,8 +138,7 @@ def get_args():
 
     # thresholds for decoded tokens, stored with the router
     add = p.add_argument_group("after the training").add_argument
-    add("--calibration_samples", type=whole("[1, inf)"), default=64,
-        help="samples whose responses give the thresholds")
+    add("--calibration_samples", type=whole("[1, inf)"), default=64, help="samples they come from")
 
     add = p.add_argument_group("machine and output").add_argument
     add("--model", default="smollm2",
@@ -195,7 +199,7 @@ class Data:
 @dataclass
 class Training:
     """How far a training is: with learner and optimizer all that --resume takes up."""
-    guide: Order
+    guide: Order | Oracle
     step: int = 0
     best: dict | None = None       # step, watch_kl, state {name: values} of the best validation
     history: list = field(default_factory=list)     # what validate() returned
@@ -398,7 +402,7 @@ def cosine(t, floor):
 def make_lab(args, model, schedule, forecaster):
     """A Lab with a router that starts near dense."""
     router = Router(model.config, model.fingerprint, args.router_kind, tuple(args.inputs),
-                    args.width, args.score, args.group).to(model.device)
+                    args.width, args.score, args.group, span=args.span).to(model.device)
     learner = dict(router.named_parameters())
     # top: the rate from which cosine() falls
     groups = [{"params": list(learner.values()), "top": args.lr}]
@@ -475,10 +479,24 @@ def find_guide(lab, data, known, static):
     return Order.static()
 
 
+def find_worth(lab, data):
+    """The Oracle of the training samples, which stands in the guide's place; watched ones have no
+    labels, as the best step is chosen by what a router does without."""
+    args, began = lab.args, time.time()
+    path = Path(args.out_dir) / "worth.jsonl"
+    oracle = Oracle.of_samples(lab.model, data.samples, args.worth_span, path)
+    first = spread_states(lab.model.use(), data.samples[:args.guide_samples], shard)
+    static, best = (routed_kl(lab, router, first).mean() for router in ("static", oracle))
+    print(f"worth of spans of {args.worth_span} tokens known after {time.time() - began:.0f} s: "
+          f"KL {best:.4f} on {min(args.guide_samples, len(data.samples))} samples by an oracle "
+          f"that knows it (static order {static:.4f})", flush=True)
+    return oracle
+
+
 def warm_up(lab, guide, samples):
     """The router learns the guide's decisions, without the LLM but for one run.
 
-    -> the last cross-entropy, a mean over deciding blocks.
+    guide: an Order or an Oracle. -> the last cross-entropy, a mean over deciding blocks.
     """
     args, router = lab.args, lab.router
     lab.use(guide)
@@ -561,10 +579,11 @@ def save_state(path, learner, optimizer, settings, training):
     saved[path] = f"step {training.step}"
 
 
-def load_state(path, learner, optimizer, settings):
+def load_state(path, learner, optimizer, settings, oracle=None):
     """Take up what save_state() wrote: fills learner and optimizer -> Training.
 
-    FTPError unless the file is whole and of a run with these settings.
+    oracle: the guide of a run with --teach worth, which is not in the file. FTPError unless the
+    file is whole and of a run with these settings.
     """
     tensors, meta = read_tensors(path, "--resume")
     check(meta.get("format") == FORMAT,
@@ -590,7 +609,8 @@ def load_state(path, learner, optimizer, settings):
         optimizer.state[parameter] = {kind: t if kind == "step" else t.to(parameter.device)
                                       for kind, t in moments.items()}
     best = {**state["best"], "state": part("best.")}
-    return Training(Order(**state["guide"]), state["step"], best, state["history"])
+    guide = oracle or Order(**state["guide"])
+    return Training(guide, state["step"], best, state["history"])
 
 
 def fill(learner, values):
@@ -687,15 +707,19 @@ def main():
           f"{static.mean():.4f}", flush=True)
 
     # go on, or find a guide and imitate it
+    oracle = find_worth(lab, data) if args.teach == "worth" else None
     out = Path(args.out_dir)
     path, settings = out / "train_state.safetensors", settings_of(lab, samples, watch, known)
     save = partial(save_state, path, lab.learner, lab.optimizer, settings)
     if args.resume and path.exists():
-        training = load_state(path, lab.learner, lab.optimizer, settings)
+        training = load_state(path, lab.learner, lab.optimizer, settings, oracle)
         print(f"resuming at step {training.step}")
     else:
-        training = Training(find_guide(lab, data, known, static))
-        entropy = warm_up(lab, training.guide, samples[:args.warmup_samples])
+        guide = oracle or find_guide(lab, data, known, static)
+        training = Training(guide)
+        # an order is simple; what a span is worth takes all samples to learn
+        shown = samples if oracle else samples[:args.warmup_samples]
+        entropy = warm_up(lab, guide, shown)
         print(f"guide warm-up: cross-entropy {entropy:.4f} after {args.warmup} steps", flush=True)
         training.note(validate(lab, data, 0, {}), lab.learner)
         save(training)                     # so that a guide is not searched for again

@@ -101,8 +101,10 @@ def steps(out, sparsity):
         Step("measure speed of late keys and values", "likewise", 25,
              ["benchmark.py", *late, "--lengths", "256,1024", "--rounds", "3", "--n_decode", "4",
               "--no_hf", "--out_dir", f"{out}/kv"]),
-        Step("draw what was skipped", "token by token, and block by block", 20,
-             ["analysis/skips.py", *ftp, "--out_dir", out]),
+        Step("the page", "what was skipped, token by token, what was answered, and all tables", 40,
+             ["analysis/report.py", *ftp, "--eval", f"{out}/eval.json",
+              "--eval", f"late={out}/kv/eval.json", "--bench", f"{out}/bench.json",
+              "--bench", f"late={out}/kv/bench.json", "--out_dir", out]),
     ]
 
 
@@ -205,7 +207,7 @@ def main():
     print(f"\n{closing_table(args.out_dir)}\n")
     print("KL and perplexity of held-out answers, prompt pruned, answer decoded densely; speed-up "
           "of the prompt's pass, by the clock.")
-    print(f"picture: {out}/skips.png   tables: {out}/eval.json, {out}/bench.json   "
+    print(f"page: {out}/report.html   tables: {out}/eval.json, {out}/bench.json   "
           f"full log: {out}/log.txt   {time.time() - began:.0f} s in all")
     print("next: source .venv/bin/activate, then: python sample.py --schedule "
           f"{out}/schedule_ft.json --router {out}/router.safetensors")

@@ -141,6 +141,7 @@ ROUTER_FORM = {
     "width": int,
     "score": (int, str),
     "group": (int, None),
+    "span": (int, None),
     "n_layer": int,
     "hidden_size": int,
     "fingerprint": FINGERPRINT,
@@ -151,13 +152,13 @@ ROUTER_FORM = {
 def read_router(path):
     """A router as train_router.py wrote it -> {name: tensor (float32)}, its readable twin.
 
-    The twin always has "meta" (maybe empty) and "group". FTPError on unknown kinds and inputs, and
-    where a tensor is missing, has another shape than the twin asks for, or is not finite.
+    The twin always has "meta" (maybe empty), "group" and "span". FTPError on unknown kinds and
+    inputs, and where a tensor is missing, of another shape than the twin asks for, or not finite.
     """
     tensors, twin = load_tensors(path, ROUTER, "--router", ROUTER_FORM)
     twin["meta"] = twin.get("meta") or {}
-    if twin.get("group") is None:          # files of before groups
-        twin["group"] = 1
+    for name in ("group", "span"):         # older files lack them
+        twin[name] = 1 if twin.get(name) is None else twin[name]
     why = wrong_router(twin)
     check(not why, f"--router: {path}: {why}; train it again")
     check_tensors(tensors, router_shapes(twin), f"--router: {path}")
@@ -177,6 +178,7 @@ def wrong_router(twin):
         (not twin["width"], "width is out of range"),
         (not 0 < blocks < 10_000, "n_layer is out of range"),
         (twin["group"] < 1, "group is out of range"),
+        (twin["span"] < 1, "span is out of range"),
         (not window, "score is neither a window nor mean"),
         (thresholds and len(thresholds) != blocks, "decode_threshold has another number of blocks"),
     )
@@ -202,7 +204,8 @@ def router_shapes(twin):
 
 def write_router(path, router):
     """Write a Router's tensors as router.safetensors, and its readable twin router.json."""
-    names = ("fingerprint", "kind", "width", "score", "group", "n_layer", "hidden_size", "meta")
+    names = ("fingerprint", "kind", "width", "score", "group", "span", "n_layer", "hidden_size",
+             "meta")
     twin = {name: getattr(router, name) for name in names}
     twin["inputs"] = list(router.inputs)
     twin["parameters"] = sum(p.numel() for p in router.parameters())

@@ -73,6 +73,23 @@ class Kept:
         return torch.nonzero_static(~self.mask, size=n)[:, 0]
 
 
+def of_spans(values, batch, size):
+    """Values (N,) of prompts' tokens -> the mean of each token's span of `size` neighbours.
+
+    Of a span that a quota cuts in two the later tokens come first. New tokens have no neighbours.
+    """
+    if size == 1 or batch.new:
+        return values
+    # spans count from each prompt's first token, so that what stands before it changes nothing
+    spans = -(-batch.lengths // size)
+    first = to_device(spans.cumsum() - spans, values.device)
+    span = first[batch.seq] + batch.local // size
+    zero = values.new_zeros(int(spans.sum()))
+    total = zero.index_add(0, span, values)
+    count = zero.index_add(0, span, torch.ones_like(values))
+    return (total / count)[span] + 1e-5 * (batch.local % size)
+
+
 def by_mask(mask, batch, margin):
     """Kept of a mask (N,) whose numbers the device alone knows."""
     counts = torch.zeros(len(batch.lengths), device=mask.device)

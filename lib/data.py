@@ -158,7 +158,7 @@ def written(model, name, prompts, row, max_new_tokens, temperature, top_p=0.95, 
     and is made in batches that a later run goes on from. Leaves the model dense. What the embedded
     model wrote is shipped, so that every machine calibrates on the same.
     """
-    weights = digest([model.fingerprint["config"], model.fingerprint["weights"]])
+    weights = weights_of(model)
     shipped = SHIPPED / f"{weights}-{name}seed{seed}-{max_new_tokens}.jsonl"
     if shipped.exists():
         return read_rows(shipped)
@@ -183,6 +183,11 @@ def written(model, name, prompts, row, max_new_tokens, temperature, top_p=0.95, 
         saved[path] = f"all {len(lines)} texts"
     gather(None)  # the other ranks wait for the file
     return read_rows(path)
+
+
+def weights_of(model):
+    """Names a model by its shape and weights, wherever it lies."""
+    return digest([model.fingerprint["config"], model.fingerprint["weights"]])
 
 
 def whole_batches(part, batch_size):
@@ -238,8 +243,8 @@ def load_samples(data, model, tokenizer, split="train", nsamples=None, max_promp
     data: "self", "bare" (as "self" without a system prompt), "text", "cloze" (words of "text"
     that stood there before, to be found again), an Alpaca-form .json/.jsonl file, a .txt, or a
     `datasets` id; or several with commas between, each of its share of nsamples. Prompts of more
-    than max_prompt tokens are left out, never cut; responses are cut at max_response. Plain text (items with "text"
-    alone) gives windows of max_prompt + max_response tokens.
+    than max_prompt tokens are left out, never cut; responses are cut at max_response. Plain text
+    (items with "text" alone) gives windows of max_prompt + max_response tokens.
     """
     out = []
     sources = [source.strip() for source in data.split(",")]

@@ -6,11 +6,22 @@ One span of neighbouring tokens skips all blocks from `first` on, nothing else d
 response to the dense model's is what the span is worth. What lies before a span is the dense
 model's in every case, so that it runs once for all spans.
 """
+import json
+import math
+from pathlib import Path
+
 import torch
 
+from lib.data import SHIPPED, read_rows, save_lines, weights_of
+from lib.files import check, digest, misfit
+from lib.processes import gather, rank, shard, world
 from lib.scoring import kl_divergence
+from lib.stage import progress
+from model_ftp import choose
 
 MOST_TOKENS = 2048     # new tokens of the spans that run as one batch
+LEAST = 1e-5           # nats: what is worth less is noise of rounding
+BEST = 9.0             # log worth of tokens that never skip
 
 
 def spans_of(n, size):
@@ -47,7 +58,8 @@ def batches(spans, n):
             group, size = [], 0
         group.append(span)
         size += n - span[1]
-    yield group
+    if group:
+        yield group
 
 
 def without_each(model, prompt, response, spans, first, whole, dense):
@@ -76,3 +88,86 @@ def clone(cache, rows):
     made.len = cache.len.repeat(rows, 1)
     made.seen = cache.seen.repeat(rows)
     return made
+
+
+class Oracle:
+    """The router that knows what each span is worth: no real one can, as it asks the answer.
+
+    It bounds what a router can reach, and is what --teach worth shows to one. labels: {prompt (a
+    tuple of ids): list of its spans' worth}; size: tokens of a span.
+    """
+    def __init__(self, labels, size):
+        self.labels, self.size = labels, size
+
+    @classmethod
+    def of_samples(cls, model, samples, size, path):
+        """The Oracle of samples [(prompt ids, response ids)]; what was measured before is read.
+
+        path: a .jsonl that is written anew with each sample, so that an interrupted run goes on.
+        What the embedded model's own samples are worth is shipped.
+        """
+        weights = weights_of(model)
+        shipped, own = read_worth(SHIPPED / f"{weights}-worth{size}.jsonl"), read_worth(path)
+        known = shipped | own
+        missing = [s for s in samples if sample_id(weights, size, *s) not in known]
+        n = world()
+        for i in progress(range(0, len(missing), n), desc="worth of spans", unit="sample"):
+            # one sample a rank
+            found = {sample_id(weights, size, *s): span_worth(model, *s, size).tolist()
+                     for s in shard(missing[i:i + n])}
+            for part in gather(found):
+                own |= part
+            if rank() == 0:
+                write_worth(path, own)
+        known |= own
+        labels = {tuple(prompt): known[sample_id(weights, size, prompt, response)]
+                  for prompt, response in samples}
+        return cls(labels, size)
+
+    def __call__(self, batch, scores, s):
+        """log worth of each token's span, (N,) float32; the first and the last token the most."""
+        found = [self.of_prompt(tuple(ids)) for ids in batch.seqs]
+        return torch.cat(found).to(scores.value.device)
+
+    def of_prompt(self, prompt):
+        """The same of one prompt, (len(prompt),)."""
+        value = torch.full((len(prompt),), BEST)
+        for (a, b), worth in zip(spans_of(len(prompt), self.size), self.labels[prompt]):
+            # of a span that a quota cuts in two the later tokens come first
+            value[a:b] = math.log(max(worth, LEAST)) + torch.linspace(0, 1e-3, b - a)
+        return value
+
+    def targets(self, batch, scores, s):
+        """Its decisions for the free tokens of prompts (not kept anyway): 1 compute, 0 skip."""
+        kept = choose(self(batch, scores, s), batch, s)
+        return kept.mask[~batch.ends].float()
+
+    def as_dict(self):
+        """What artefacts store of it."""
+        return {"worth_of_spans": self.size, "prompts": len(self.labels)}
+
+
+# ------------------------------------------------------------------------------------------------
+# what was measured, one sample a line
+
+
+def sample_id(weights, size, prompt, response):
+    """Names what is measured: the model, the span, the sample."""
+    return digest([weights, size, list(prompt), list(response)])
+
+
+def read_worth(path):
+    """{sample_id: worth of its spans} of a file, {} where there is none. FTPError if damaged."""
+    if not Path(path).exists():
+        return {}
+    rows = read_rows(path, "--teach worth")
+    for row in rows:
+        wrong = misfit(row, {"sample": str, "worth": [float]})
+        check(not wrong, f"--teach worth: {path} is damaged ({wrong}); remove it, to measure anew")
+    return {row["sample"]: row["worth"] for row in rows}
+
+
+def write_worth(path, known):
+    """Write what is known, whole or not at all."""
+    save_lines(path, [json.dumps({"sample": name, "worth": [round(w, 6) for w in worth]})
+                      for name, worth in known.items()])

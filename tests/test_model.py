@@ -22,7 +22,8 @@ MODES = [dict(router="static"), dict(router="static", decode="rule"), dict(route
          dict(router="learned", decode="threshold"), dict(router="learned"), dict(router="learned", prefill="argmax", decode="threshold"),
          dict(router="learned", one_pass=True, decode="threshold"), dict(router="learned", score="mean", decode="threshold"),
          dict(router="hidden", decode="threshold"), dict(router="local", decode="threshold"),
-         dict(router="recurrent", decode="threshold"), dict(router="grouped", decode="threshold"), dict(router="static", forecaster=True),
+         dict(router="recurrent", decode="threshold"), dict(router="grouped", decode="threshold"),
+         dict(router="spanned", decode="threshold"), dict(router="static", forecaster=True),
          dict(router="learned", decode="threshold", forecaster=True), dict(router="foreseeing", decode="threshold", forecaster=True),
          dict(router="learned", decode="threshold", forecaster="kv")]
 
@@ -30,9 +31,9 @@ MODES = [dict(router="static"), dict(router="static", decode="rule"), dict(route
 def use(model, schedule, router, **kw):
     if kw.get("forecaster"):
         kw["forecaster"] = make_forecaster(model, None if kw["forecaster"] == "kv" and kw["kv"] == "keep" else 4)  # K/V alone need K/V that are kept
-    if router in ("learned", "foreseeing", "hidden", "local", "recurrent", "grouped"):
+    if router in ("learned", "foreseeing", "hidden", "local", "recurrent", "grouped", "spanned"):
         made = {"learned": {}, "foreseeing": dict(inputs=("position", "forecast")), "hidden": dict(inputs=("position", "score", "rank", "sparsity", "hidden")),
-                "local": dict(kind="local"), "recurrent": dict(kind="recurrent"), "grouped": dict(group=3)}[router]
+                "local": dict(kind="local"), "recurrent": dict(kind="recurrent"), "grouped": dict(group=3), "spanned": dict(span=5)}[router]
         router = make_router(model, schedule, forecaster=kw.get("forecaster"), **made)
     return model.use(schedule, router, **kw)
 

@@ -21,7 +21,7 @@ batches = st.lists(st.tuples(st.integers(1, 20), st.integers(1, 8)), min_size=1,
 inputs = st.lists(st.sampled_from(["position", "place", "score", "rank", "sparsity", "forecast", "hidden"]), min_size=1, max_size=5, unique=True)
 routers = st.one_of(st.sampled_from(["static", "attention"]), st.fixed_dictionaries(dict(
     kind=st.sampled_from(["global", "local", "recurrent"]), inputs=inputs, width=st.integers(1, 16), score=st.sampled_from([1, 4, 16, "mean"]),
-    group=st.sampled_from([1, 1, 2, 3]), seed=st.integers(0, 99))))
+    group=st.sampled_from([1, 1, 2, 3]), span=st.sampled_from([1, 1, 3]), seed=st.integers(0, 99))))
 modes = st.fixed_dictionaries(dict(router=routers, prefill=st.sampled_from(["topk", "argmax"]), decode=st.sampled_from(["dense", "threshold", "rule"]),
                                    kv=st.sampled_from(["drop", "keep"]), one_pass=st.booleans(), forecaster=st.sampled_from([None, "kv", "all"])))
 examples = st.tuples(schedules, batches, modes, st.integers(0, 2 ** 20))

@@ -1,0 +1,117 @@
+"""What spans are worth, the oracle that knows it, and routers that decide by spans."""
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import make_router, tokens
+from test_stages import call, common
+
+from lib import scoring
+from lib.artefacts import Schedule
+from lib.batch import by_mask, of_spans
+from lib.files import FTPError
+from lib.worth import Oracle, read_worth, span_worth, spans_of
+from model_ftp import Router
+
+PROMPT, RESPONSE = tokens(43, 1), tokens(9, 2)
+
+
+def test_spans_cover_all_but_the_ends():
+    for n in (1, 2, 3, 8, 9, 17, 43):
+        covered = [i for a, b in spans_of(n, 8) for i in range(a, b)]
+        assert covered == list(range(1, n - 1))
+
+
+@pytest.mark.parametrize("first", [1, 3])
+@torch.inference_mode()
+def test_worth_is_the_kl_without_the_span(tiny, first):
+    """Against the plain way: all tokens but the span's run each block from the first one on."""
+    got = span_worth(tiny, PROMPT, RESPONSE, 8, first)
+    assert len(got) == len(spans_of(43, 8)) and (got > 0).all()
+    pair = scoring.make_pair(tiny, [(PROMPT, RESPONSE)])
+    dense = scoring.predicting(pair, scoring.run_pair(tiny, pair))
+    for (a, b), worth in zip(spans_of(43, 8), got.tolist()):
+        states, mask = scoring.begin_pair(tiny, pair), torch.ones(43, dtype=torch.bool)
+        mask[a:b] = False
+        for l, block in enumerate(tiny.blocks):
+            cache = tiny.new_cache(1)
+            kept = by_mask(mask, pair.prompts, None) if l >= first else pair.prompts.all
+            x, *_ = block.prefill(states[0].x, kept, pair.prompts, cache)
+            y, _ = block.extend(states[1].x, pair.responses.all, pair.responses, cache)
+            states = replace(states[0], x=x), replace(states[1], x=y)
+        kl = scoring.response_kl(tiny, dense, scoring.predicting(pair, states)).mean()
+        assert worth == pytest.approx(float(kl), rel=1e-3)
+
+
+def test_worth_does_not_depend_on_what_runs_together(tiny, monkeypatch):
+    whole = span_worth(tiny, PROMPT, RESPONSE, 8)
+    monkeypatch.setattr("lib.worth.MOST_TOKENS", 40)
+    torch.testing.assert_close(span_worth(tiny, PROMPT, RESPONSE, 8), whole, rtol=1e-3, atol=1e-6)
+
+
+def test_the_oracle_keeps_what_is_worth_most(tiny, tmp_path):
+    """And is no worse than the position rule; what it knows is read again from its file."""
+    samples = [(tokens(40 + i, i), tokens(9, 50 + i)) for i in range(4)]
+    oracle = Oracle.of_samples(tiny, samples, 4, tmp_path / "worth.jsonl")
+    assert len(read_worth(tmp_path / "worth.jsonl")) == 4
+    lines = (tmp_path / "worth.jsonl").read_text().splitlines()
+    (tmp_path / "worth.jsonl").write_text("\n".join(lines[:2]))     # a run that was killed half way
+    again = Oracle.of_samples(tiny, samples, 4, tmp_path / "worth.jsonl")
+    for prompt, _ in samples:
+        assert again.labels[tuple(prompt)] == pytest.approx(oracle.labels[tuple(prompt)], abs=1e-5)
+    s = Schedule([0.0] + [0.4] * 5, tiny.fingerprint)
+    teacher, _ = scoring.response_states(tiny.use(), samples)
+    kl = {}
+    for router in ("static", oracle):
+        states, _ = scoring.response_states(tiny.use(s, router), samples)
+        kl[router] = float(scoring.response_kl(tiny, teacher, states).mean())
+    assert kl[oracle] < kl["static"]
+    batch = tiny.batch([samples[0][0]])
+    with torch.no_grad():
+        kept, _ = tiny.use(s, oracle).route(1, batch, tiny.begin(batch))
+    worth = torch.tensor(oracle.labels[tuple(samples[0][0])])
+    skipped = [w for w, (a, b) in zip(worth, spans_of(40, 4)) if not kept.mask[a:b].any()]
+    assert skipped and max(skipped) < worth.median()
+    (tmp_path / "worth.jsonl").write_text('{"sample": 3}\n')
+    with pytest.raises(FTPError, match="worth.jsonl"):
+        Oracle.of_samples(tiny, samples, 4, tmp_path / "worth.jsonl")
+    tiny.use()
+
+
+def test_tokens_of_a_span_share_the_mean_of_their_margins(tiny):
+    batch = tiny.batch([tokens(11, 1), tokens(3, 2)])
+    values = torch.arange(14.0)
+    got = of_spans(values, batch, 4).round(decimals=3)
+    assert got.tolist() == [1.5] * 4 + [5.5] * 4 + [9.0] * 3 + [12.0] * 3
+    assert torch.equal(of_spans(values, batch, 1), values)
+    # of a span that the quota cuts in two, the later tokens stay
+    r = make_router(tiny, span=4)
+    with torch.no_grad():
+        r.w2.zero_()                        # all margins equal
+    kept, _ = tiny.use(Schedule([0.0] + [0.5] * 5, tiny.fingerprint), r).route(1, batch, tiny.begin(batch))
+    assert kept.counts.tolist() == [6, 2]
+    tiny.use()
+
+
+def test_span_is_stored_with_the_router(tiny, tmp_path):
+    make_router(tiny, span=7).save(tmp_path / "router.safetensors")
+    assert Router.load(tmp_path / "router.safetensors").span == 7
+    twin = json.loads((tmp_path / "router.json").read_text())
+    assert twin["span"] == 7
+
+
+def test_a_router_is_taught_worth(workshop, tmp_path):
+    """--teach worth end to end, and --resume to the same router without measuring anything again."""
+    a, b = common(workshop, tmp_path)
+    call("search_scheduler.py", *a, *b, "--method", "uniform", "--nsamples", 4, "--nwatch", 3)
+    words = ["train_router.py", *a, *b, "--schedule", tmp_path / "schedule.json", "--teach", "worth", "--worth_span", 4, "--span", 4, "--nsamples", 8,
+             "--nwatch", 4, "--warmup", 60, "--guide_samples", 4]
+    got = call(*words, "--steps", 2, "--eval_every", 2)
+    assert "worth of spans of 4 tokens" in got.stdout and "by an oracle" in got.stdout
+    router = Router.load(tmp_path / "router.safetensors")
+    assert router.span == 4 and router.meta["guide"] == {"worth_of_spans": 4, "prompts": 8}
+    before = (tmp_path / "worth.jsonl").read_text()
+    call(*words, "--steps", 2, "--eval_every", 2, "--resume")
+    assert Router.load(tmp_path / "router.safetensors").id == router.id
+    assert (tmp_path / "worth.jsonl").read_text() == before
