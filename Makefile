@@ -2,12 +2,16 @@ PY := .venv/bin/python
 # other libraries' progress bars and debug output are not for the reader
 QUIET := HF_HUB_DISABLE_PROGRESS_BARS=1 TRANSFORMERS_VERBOSITY=error TOKENIZERS_PARALLELISM=false
 
-.PHONY: demo test torture
+.PHONY: demo reproduce test torture
 
 # fetch the model, let a pruned one answer, then prune it by all stages: README.md tells more
 demo: .venv/ready
 	@$(QUIET) $(PY) prepare.py --fetch_only
 	@$(QUIET) $(PY) analysis/demo.py
+
+# the long form: full budgets, every table of RESULTS.md; goes on where it was interrupted
+reproduce: .venv/ready
+	@$(QUIET) $(PY) analysis/reproduce.py
 
 test: .venv/dev
 	$(PY) -m ruff check .

@@ -22,6 +22,8 @@ from lib.skipped import Forecaster
 from lib.stage import Parser, commit, run
 from model_ftp import Router
 
+ITEMS = 12    # samples whose own KL is told
+
 
 def get_args():
     p = Parser(__doc__)
@@ -60,6 +62,8 @@ def main():
     save_json(folder / "shipped.json", {
         "format": "ftp-shipped-1", "use": use, "command": args.command, "commit": commit(),
         "measured": {"kl": row["kl"], "kl_stderr": row["kl_stderr"], "ppl": row["ppl"],
+                     # of the first held-out samples, for who checks the claim
+                     "kl_items": row["kl_items"][:ITEMS],
                      "dense_ppl": rows["dense"]["ppl"], "flops_saved": row["flops_saved_prefill"],
                      "sparsity": row["sparsity_prefill"], "device": config["device"],
                      "dtype": config["dtype"], "settings": config["settings"]}})

@@ -20,6 +20,7 @@ from lib.files import FTPError
 from lib.flops import Meter
 from lib.guide import Order
 from lib.search import THOUSAND, Fitness, allocate, crossover, mutate, repair
+from lib.shipped import card, pruned
 from lib.skipped import Forecaster
 from lib.stage import run
 from lib.timing import Ours, Transformers
@@ -498,13 +499,20 @@ def test_embedded_model(tmp_path):
     with torch.no_grad():
         assert torch.allclose(model(torch.tensor([ids])), hf(torch.tensor([ids])).logits, atol=1e-3)
     assert "Paris" in tok.decode(model.generate([ids], max_new_tokens=12)[0])
-    rows = [json.loads(line) for line in (ROOT / "prompts.jsonl").read_text().splitlines()[:48]]
+    rows = [json.loads(line) for line in (ROOT / "prompts.jsonl").read_text().splitlines()[:40]]
     prompt = data.encode(tok, "\n".join(r["input"] for r in rows))[:256]
     for folder in sorted((ROOT / "artifacts").glob("smollm2-*")):  # what the repository carries fits this model, and saves what it says
         meter = Meter(model.use(folder / "schedule_ft.json", folder / "router.safetensors", decode="threshold"))
         model.prefill([prompt], meter=meter)
         assert meter.saved("prefill") == pytest.approx(float(folder.name[-4:]), abs=0.01)
     model.use()
+    held_out = data.load_samples("self", model, tok, "heldout")[:6]
+    teacher, owner = scoring.response_states(model, held_out)
+    for name in ("ftp-0.30", "late-0.30"):      # what is shipped gives the KL that its card tells, sample by sample
+        with pruned(model, name):
+            states, _ = scoring.response_states(model, held_out)
+        kl = scoring.by_sample(scoring.response_kl(model, teacher, states), owner)
+        assert kl.tolist() == pytest.approx(card(name)["measured"]["kl_items"][:6], rel=0.05, abs=0.002)
     shipped = ROOT / "artifacts" / "smollm2" / "late-0.30"
     call("extras/export.py", "--schedule", shipped / "schedule.json", "--router", "static", "--kv", "keep", "--forecaster", shipped / "forecaster.safetensors",
          "--out_dir", tmp_path / "export", "--dtype", "float32")
@@ -517,7 +525,7 @@ def test_embedded_model(tmp_path):
     (tmp_path / "few.json").write_text(json.dumps([r | {"output": tok.decode(a)} for r, a in zip(rows, answers)]))
     few = ["--nsamples", 12, "--nwatch", 8, "--out_dir", tmp_path, "--data", tmp_path / "few.json"]
     call("search_scheduler.py", "--method", "uniform", *few)
-    call("train_router.py", "--schedule", tmp_path / "schedule.json", *few, "--steps", 6, "--eval_every", 3, "--guide_evals", 14, "--guide_samples", 6)
+    call("train_router.py", "--schedule", tmp_path / "schedule.json", *few, "--steps", 6, "--eval_every", 3, "--guide_evals", 12, "--guide_samples", 4)
     call("evaluate.py", "--schedule", tmp_path / "schedule.json", "--router", tmp_path / "router.safetensors", "--rows", "random,static,ftp", "--text", "",
          "--data", tmp_path / "few.json", "--out_dir", tmp_path, "--dtype", "auto")
     rows = {r["name"]: r for r in json.loads((tmp_path / "eval.json").read_text())["rows"]}
@@ -526,7 +534,7 @@ def test_embedded_model(tmp_path):
     assert rows["ftp"]["kl"] < rows["random"]["kl"]
     kv = tmp_path / "kv"
     call("search_scheduler.py", "--method", "late", "--flops_saved", 0.3, "--kv", "keep", *few, "--out_dir", kv)
-    call("fit_late_kv.py", "--only_kv", "--keys", 0.5, "--schedule", kv / "schedule.json", *few, "--tune", 20, "--out_dir", kv)
+    call("fit_late_kv.py", "--only_kv", "--keys", 0.5, "--schedule", kv / "schedule.json", *few, "--tune", 6, "--eval_every", 6, "--batch_size", 2, "--out_dir", kv)
     call("evaluate.py", "--schedule", kv / "schedule.json", "--kv", "keep", "--forecaster", kv / "forecaster.safetensors", "--rows", "static", "--text", "",
          "--data", tmp_path / "few.json", "--out_dir", kv, "--dtype", "auto")
     late = json.loads((kv / "eval.json").read_text())["rows"][-1]
