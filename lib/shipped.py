@@ -15,7 +15,8 @@ from lib.files import check, load_json
 FOLDER = Path(__file__).resolve().parent.parent / "artifacts" / "smollm2"
 FILES = ("schedule", "router", "forecaster")
 FORM = {"use": {"schedule": str, "router": str, "kv": str, "forecaster": (str, None)},
-        "measured": {"kl": float, "kl_items": [float], "flops_saved": float}, "command": str, "commit": str}
+        "measured": {"kl": float, "kl_items": [float], "flops_saved": float},
+        "command": str, "commit": str}
 
 
 def names():
