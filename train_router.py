@@ -96,8 +96,7 @@ def get_args():
         help="prompt: quota, or the router's own decision")
     add("--kv", default="drop", choices=["drop", "keep"], help="K/V of skipped tokens")
     add("--one_pass", action="store_true", help="decide all blocks from the scores of block 0")
-    add("--forecaster", default=None,
-        help="forecast of skipped tokens (fit_late_kv.py), best with --kv keep")
+    add("--forecaster", default=None, help="forecast of skipped tokens (fit_late_kv.py)")
 
     add = p.add_argument_group("optimisation").add_argument
     add("--steps", type=whole("[1, inf)"), default=60, help="training steps")
