@@ -495,17 +495,24 @@ def find_worth(lab, data):
 def warm_up(lab, guide, samples):
     """The router learns the guide's decisions, without the LLM but for one run.
 
-    guide: an Order or an Oracle. -> the last cross-entropy, a mean over deciding blocks.
+    guide: an Order, or an Oracle, of which the log worth itself is learned. -> the last
+    cross-entropy or squared error, a mean over deciding blocks.
     """
     args, router = lab.args, lab.router
-    lab.use(guide)
-    blocks = decisions_of(lab.model, router, samples)
-    entropy = imitate(router, blocks, args.warmup, args.warmup_lr)
+    if isinstance(guide, Oracle):
+        # not along its own path: old scores of skipped tokens would give its decisions away
+        lab.use(Order.static())
+        blocks = decisions_of(lab.model, router, samples, guide.margins)
+        error = imitate(router, blocks, args.warmup, args.warmup_lr, F.mse_loss)
+    else:
+        lab.use(guide)
+        blocks = decisions_of(lab.model, router, samples)
+        error = imitate(router, blocks, args.warmup, args.warmup_lr)
     # each rank did it, and may round differently: the first one's router counts
     mine = dict(router.named_parameters())
     first = gather({name: value.detach().cpu() for name, value in mine.items()})[0]
     fill(mine, first)
-    return entropy
+    return error
 
 
 # ------------------------------------------------------------------------------------------------
@@ -718,8 +725,9 @@ def main():
         training = Training(guide)
         # an order is simple; what a span is worth takes all samples to learn
         shown = samples if oracle else samples[:args.warmup_samples]
-        entropy = warm_up(lab, guide, shown)
-        print(f"guide warm-up: cross-entropy {entropy:.4f} after {args.warmup} steps", flush=True)
+        error = warm_up(lab, guide, shown)
+        what = "squared error" if oracle else "cross-entropy"
+        print(f"guide warm-up: {what} {error:.4f} after {args.warmup} steps", flush=True)
         training.note(validate(lab, data, 0, {}), lab.learner)
         save(training)                     # so that a guide is not searched for again
 

@@ -146,11 +146,12 @@ def search_guide(score, evaluations, rng):
 
 
 @torch.no_grad()
-def decisions_of(model, router, samples):
+def decisions_of(model, router, samples, wanted=None):
     """What `router` would see where the model, routed by a guide, decides about prompts.
 
     samples: [(prompt ids, response ids)]. -> [(block, factors (n, n_inputs), the guide's decisions
     (n,): 1 compute, 0 skip)] of the free tokens, on the model's device. One run of the LLM.
+    wanted: function (batch, scores, s) -> (N,), to be learned instead of the decisions.
     """
     batch = model.batch([prompt for prompt, _ in samples])
     state, found = model.begin(batch), []
@@ -162,16 +163,18 @@ def decisions_of(model, router, samples):
                 forecast = model.routing.skipped.reach(l, state.x)
             factors = router.factors(kept.batch, state, s, forecast)
             free = ~kept.batch.ends
-            seen, target = factors[free], kept.mask[free].float()
+            target = kept.mask.float() if wanted is None else wanted(kept.batch, state.scores, s)
+            seen, target = factors[free], target[free]
             found.append((l, seen.to(model.device), target.to(model.device)))
         state = model.prefill_step(l, batch, state)
     return found
 
 
-def imitate(router, blocks, steps, lr):
+def imitate(router, blocks, steps, lr, loss_of=F.binary_cross_entropy_with_logits):
     """Guide loss alone, without the LLM: the router learns what decisions_of() gave in `blocks`.
 
-    lr: at the start, it falls to 0. -> the last cross-entropy, a mean over blocks; nan if no steps.
+    lr: at the start, it falls to 0. loss_of: of margins and targets. -> its last value, a mean over
+    blocks; nan if no steps.
     """
     optimizer = torch.optim.Adam(router.parameters(), lr)
     loss = torch.tensor(torch.nan)
@@ -181,7 +184,7 @@ def imitate(router, blocks, steps, lr):
         memory, loss = None, 0.0
         for l, factors, target in blocks:
             margin, memory = router(l, factors, memory)
-            loss = loss + F.binary_cross_entropy_with_logits(margin, target) / len(blocks)
+            loss = loss + loss_of(margin, target) / len(blocks)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

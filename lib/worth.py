@@ -137,6 +137,12 @@ class Oracle:
             value[a:b] = math.log(max(worth, LEAST)) + torch.linspace(0, 1e-3, b - a)
         return value
 
+    def margins(self, batch, scores, s):
+        """log worth (N,) as a router's margin: deviation 1, above 0 in a share 1 - s of tokens."""
+        value = self(batch, scores, s)
+        free = value[~batch.ends]
+        return (value - free.quantile(s)) / free.std().clamp(min=1e-6)
+
     def targets(self, batch, scores, s):
         """Its decisions for the free tokens of prompts (not kept anyway): 1 compute, 0 skip."""
         kept = choose(self(batch, scores, s), batch, s)

@@ -115,3 +115,8 @@ def test_a_router_is_taught_worth(workshop, tmp_path):
     call(*words, "--steps", 2, "--eval_every", 2, "--resume")
     assert Router.load(tmp_path / "router.safetensors").id == router.id
     assert (tmp_path / "worth.jsonl").read_text() == before
+    got = call("analysis/worth.py", *a, *b, "--schedule", tmp_path / "schedule.json", "--router", tmp_path / "router.safetensors", "--size", 4,
+               "--nsamples", 3)
+    rows = {r["name"]: r for r in json.loads((tmp_path / "worth.json").read_text())["rows"]}
+    assert list(rows) == ["static", "oracle", "router"] and "static minus oracle" in got.stdout and (tmp_path / "worth.png").stat().st_size > 1000
+    assert rows["oracle"]["flops_saved"] == pytest.approx(rows["static"]["flops_saved"], abs=0.03)
