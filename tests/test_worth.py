@@ -119,4 +119,4 @@ def test_a_router_is_taught_worth(workshop, tmp_path):
                "--nsamples", 3)
     rows = {r["name"]: r for r in json.loads((tmp_path / "worth.json").read_text())["rows"]}
     assert list(rows) == ["static", "oracle", "router"] and "static minus oracle" in got.stdout and (tmp_path / "worth.png").stat().st_size > 1000
-    assert rows["oracle"]["flops_saved"] == pytest.approx(rows["static"]["flops_saved"], abs=0.03)
+    assert rows["oracle"]["flops_saved"] == pytest.approx(rows["static"]["flops_saved"], abs=0.1)  # scores are counted, too
