@@ -201,6 +201,56 @@ def test_sweep_of_command_lines(script, workshop, artefacts, tmp_path, monkeypat
     assert taken < n
 
 
+SMALL = {      # of each stage a run of a second
+    "search_scheduler.py": ["--nsamples", 2, "--nwatch", 2, "--population", 4, "--elite", 1, "--evaluations", 5],
+    "train_router.py": ["--nsamples", 3, "--nwatch", 2, "--guide_evals", 12, "--guide_samples", 1, "--warmup", 5, "--steps", 2, "--eval_every", 1,
+                        "--calibration_samples", 2],
+    "finetune_static.py": ["--nsamples", 2, "--nwatch", 2, "--population", 4, "--elite", 1, "--evaluations", 5, "--calibration_samples", 2],
+    "fit_late_kv.py": ["--nsamples", 4, "--nheld", 2, "--rank", 4],
+    "evaluate.py": ["--nsamples", 2, "--text", ""],
+    "benchmark.py": ["--lengths", 16, "--rounds", 1, "--n_decode", 1, "--no_hf"],
+    "analysis/worth.py": ["--nsamples", 2],
+}
+FEW = ["0", "1", "2", "3", "0.5", "0.9", "1e-3", "1e-30", "mean", "static", "random"]
+FIXED = {"model", "device", "device_map", "dtype", "threads", "out_dir", "help", "save", "memory", "synthetic", "text", "json", "compile"}
+
+
+@pytest.mark.parametrize("script", SMALL)
+def test_sweep_to_the_end(script, workshop, artefacts, tmp_path, monkeypatch, capsys):
+    """Small odd numbers for one or two flags: the stage runs to its end, or says in one line why not; what it writes holds no NaN."""
+    a, b = common(workshop, tmp_path / "out")
+    spec = importlib.util.spec_from_file_location("swept", ROOT / script)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    parsers, real = [], Parser.__init__
+    monkeypatch.setattr(Parser, "__init__", lambda self, *a, **kw: (real(self, *a, **kw), parsers.append(self))[0])
+    monkeypatch.setattr(sys, "argv", [script, "--help"])
+    with pytest.raises(SystemExit):
+        module.get_args()
+    flags = [f for f in parsers[0]._actions if f.option_strings and f.dest not in FIXED]
+    has = {f.dest for f in flags}
+    given = [*a, *(b if "data" in has else [])]
+    given += ["--schedule", artefacts / "schedule.json"] if "schedule" in has else []
+    given += ["--router", artefacts / "router.safetensors"] if "router" in has and script != "fit_late_kv.py" else []
+    rng, ended = random.Random(script), 0
+    for _i in range(40 if TORTURE else 6):
+        words = [*given, *SMALL[script]]
+        for flag in rng.sample(flags, rng.choice((1, 2))):
+            if isinstance(flag, (argparse._StoreTrueAction, argparse._StoreFalseAction)):
+                words.append(flag.option_strings[0])
+            else:
+                words += [flag.option_strings[0], rng.choice(flag.choices or FEW)]
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        code, _, err = inside(script, *words, capsys=capsys)
+        said = [line for line in err.strip().splitlines() if line.startswith("error")]
+        assert "Traceback" not in err and (code == 0 or code == 2 and len(said) <= 1), (words, code, err)
+        ended += code == 0
+        for file in (tmp_path / "out").rglob("*.json"):
+            json.loads(file.read_text(), parse_constant=lambda word, file=file, words=words: pytest.fail(f"{file.name} holds {word} after {words}"))
+        TALLY["stages swept to their end"] += 1
+    assert ended
+
+
 # -- the Python face
 
 def test_sweep_of_calls(tiny, folder, schedule, tmp_path):
