@@ -39,6 +39,7 @@ THOUSAND = 1000                         # units of a sparsity of 1
 STEEP = (0, 0.3, 1, 2, 4, 8, 99)        # shapes to start from: uniform ... the last blocks alone
 MOVES = (1, 1, 2, 3)                    # pairs of blocks that a mutation changes, drawn evenly
 SMALLEST = 20                           # a mutation's smallest step is the largest one over this
+DRAWS = 100                             # for a child that differs from all before
 REPAIR = 50                             # units that a repair moves in a block at once, at most
 STATE = "ftp-search-state-2"            # format of the file that --resume reads
 
@@ -342,11 +343,16 @@ def evolve(fitness, watch, population, total, top, args, state_path, settings):
 
 
 def children(population, fitness, total, top, args, rng):
-    """The next generation: the best live on, the others are new and differ from all before."""
+    """The next generation: the best live on, the others are new and differ from all before.
+
+    Fewer where a small budget leaves few candidates: then it is drawn in vain, and not for ever.
+    """
     ranked = sorted(population, key=fitness)
     new = [list(units) for units in ranked[:args.elite]]
     seen = {tuple(units) for units in ranked}
-    while len(new) < args.population:
+    for _ in range(DRAWS * args.population):
+        if len(new) == args.population:
+            break
         if rng.random() < args.crossover:
             a = parent(ranked, fitness, args.tournament, rng)
             b = parent(ranked, fitness, args.tournament, rng)
