@@ -1,4 +1,6 @@
 """Properties that hold for any schedule, lengths, batch, router, decode mode and K/V policy, on examples that hypothesis draws."""
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import TALLY, TORTURE, make_forecaster, make_router, tokens
@@ -55,8 +57,8 @@ def samples_of(batch, seed):
 
 
 def gathered(model, samples, meter=None):
-    """Logits of prompts' and new tokens on the path that inference runs."""
-    pair = scoring.make_pair(model, samples)
+    """Logits of prompts' and new tokens on the path that inference runs, but for the last block, which is run whole."""
+    pair = replace(scoring.make_pair(model, samples), prompts=model.batch([prompt for prompt, _ in samples]))
     with torch.no_grad():
         return torch.cat([model.logits(s.x) for s in scoring.run_pair(model, pair, meter)])
 

@@ -506,7 +506,7 @@ def test_embedded_model(tmp_path):
         model.prefill([prompt], meter=meter)
         assert meter.saved("prefill") == pytest.approx(float(folder.name[-4:]), abs=0.01)
     model.use()
-    held_out = data.load_samples("self", model, tok, "heldout")[:6]
+    held_out = data.load_samples("self", model, tok, "heldout", card("ftp-0.30")["measured"]["settings"]["nsamples"])[:6]
     teacher, owner = scoring.response_states(model, held_out)
     for name in ("ftp-0.30", "late-0.30"):      # what is shipped gives the KL that its card tells, sample by sample
         with pruned(model, name):
