@@ -1,6 +1,6 @@
 PY := .venv/bin/python
 # other libraries' progress bars and debug output are not for the reader
-QUIET := HF_HUB_DISABLE_PROGRESS_BARS=1 TRANSFORMERS_VERBOSITY=error TOKENIZERS_PARALLELISM=false
+QUIET := HF_HUB_DISABLE_PROGRESS_BARS=1 TQDM_DISABLE=1 TRANSFORMERS_VERBOSITY=error TOKENIZERS_PARALLELISM=false
 
 .PHONY: demo reproduce test torture
 
@@ -21,9 +21,10 @@ test: .venv/dev
 	$(PY) -m coverage combine -q
 	$(PY) -m coverage report --fail-under=90
 
-# the long forms of the property, damage, kill and soak tests: about 12 minutes on 2 CPU cores
+# the long forms of the property, damage, kill, soak and sweep tests, on 2 CPU cores
 torture: .venv/dev
-	FTP_TORTURE=1 $(PY) -m pytest -q tests/test_properties.py tests/test_fuzz.py tests/test_kill.py tests/test_inputs.py
+	FTP_TORTURE=1 OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist worksteal tests/test_properties.py tests/test_fuzz.py \
+		tests/test_kill.py tests/test_inputs.py tests/test_trust.py
 
 .venv/ready: requirements.txt
 	@echo "making the environment .venv (1 to 3 minutes) ..."

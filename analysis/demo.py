@@ -61,31 +61,33 @@ def steps(out, sparsity):
               "--compare", "--max_new_tokens", "48"], shown=True),
         Step("stage 1: search a schedule",
              "how many tokens may skip each block? A genetic search, tokens chosen by position "
-             "alone, judged by KL to the dense model", 75,
-             ["search_scheduler.py", "--sparsity", s, "--nsamples", "8", "--nwatch", "12",
-              "--evaluations", "24", "--patience", "3", "--out_dir", out],
+             "alone, judged by KL to the dense model", 60,
+             ["search_scheduler.py", "--sparsity", s, "--nsamples", "6", "--nwatch", "12",
+              "--evaluations", "16", "--population", "8", "--patience", "2", "--out_dir", out],
              lambda: search_result(f"{out}/schedule.json")),
         Step("stage 2: train the router",
              "which tokens? A 2-layer MLP on four cheap factors learns it, the LLM stays frozen",
-             110, ["train_router.py", "--schedule", f"{out}/schedule.json", "--steps", "12",
-                   "--eval_every", "6", "--nwatch", "12", "--guide_evals", "20",
-                   "--guide_samples", "8", "--warmup", "800", "--out_dir", out],
+             95, ["train_router.py", "--schedule", f"{out}/schedule.json", "--steps", "6",
+                  "--eval_every", "6", "--nwatch", "12", "--guide_evals", "16",
+                  "--guide_samples", "8", "--warmup", "600", "--calibration_samples", "16",
+                  "--out_dir", out],
              lambda: router_result(f"{out}/router.json")),
         Step("stage 3: search again around the schedule found",
-             "with the trained router in place, small moves", 50,
+             "with the trained router in place, small moves", 40,
              ["finetune_static.py", "--schedule", f"{out}/schedule.json",
               "--router", f"{out}/router.safetensors", "--nsamples", "8", "--nwatch", "12",
-              "--evaluations", "12", "--out_dir", out],
+              "--evaluations", "6", "--population", "4", "--elite", "2",
+              "--calibration_samples", "16", "--out_dir", out],
              lambda: finetune_result(f"{out}/schedule_ft.json")),
         Step("late keys and values: the schedule",
              "beyond the paper: skip the last blocks whole, for all prompt tokens but two", 10,
              ["search_scheduler.py", "--method", "late", "--flops_saved", s, "--kv", "keep",
               "--nsamples", "4", "--nwatch", "8", "--out_dir", f"{out}/kv"]),
         Step("late keys and values: the maps",
-             "one linear map a block stands for the keys and values that would be missing", 90,
+             "one linear map a block stands for the keys and values that would be missing", 100,
              ["fit_late_kv.py", "--only_kv", "--keys", "0.5", "--data", "self,text",
-              "--nsamples", "100", "--schedule", f"{out}/kv/schedule.json", "--tune", "60",
-              "--tune_samples", "100", "--nwatch", "12", "--eval_every", "20",
+              "--nsamples", "60", "--schedule", f"{out}/kv/schedule.json", "--tune", "30",
+              "--tune_samples", "40", "--nwatch", "12", "--eval_every", "15",
               "--out_dir", f"{out}/kv"],
              lambda: late_result(f"{out}/kv/forecaster.json")),
         Step("measure quality", "on prompts that none of the stages saw", 60,
@@ -177,6 +179,8 @@ def run_step(number_, of, step, log):
         for line in process.stdout:
             log.write(line)
             log.flush()
+            if line.startswith(("torch ", "settings: ")):     # in the log, not on the screen
+                continue
             last[0] = line.strip() or last[0]
             if step.shown:
                 print(f"    {line}", end="", flush=True)
