@@ -42,7 +42,7 @@ from lib.calibration import calibrate_decode, decides
 from lib.data import load_samples, load_tokenizer
 from lib.files import check, digest, read_tensors, save_files, tensors_id
 from lib.flops import Meter
-from lib.guide import Order, decisions_of, imitate, search_guide
+from lib.guide import Order, decisions_of, imitate, search_guide, targets_of
 from lib.numbers import standard_error
 from lib.processes import gather, rank, shard, share_meter, total, unshard, world
 from lib.reference import step_pair
@@ -259,7 +259,7 @@ def guide_loss(decisions, guide):
     sums = []
     for d in decisions:
         margin = d.margin[~d.batch.ends]
-        target = guide.targets(d.batch, d.scores, d.s)     # from the scores that the router saw
+        target = targets_of(guide, d.batch, d.scores, d.s)    # from the scores that the router saw
         entropy = F.binary_cross_entropy_with_logits(margin, target, reduction="sum")
         sums.append(torch.stack((entropy, entropy.new_tensor(len(margin)))))
     entropy, n = total(together(sums)).unbind(1)
@@ -478,18 +478,15 @@ def find_guide(lab, data, known, static):
     return Order.static()
 
 
-def find_worth(lab, data):
-    """The Oracle of the training samples, which stands in the guide's place; watched ones have no
-    labels, as the best step is chosen by what a router does without."""
-    args, began = lab.args, time.time()
-    path = Path(args.out_dir) / "worth.jsonl"
-    oracle = Oracle.of_samples(lab.model, data.samples, args.worth_span, path)
+def report_worth(lab, data, oracle, began):
+    """Print how far an Oracle goes, and how long its labels took; watched samples have none, as the
+    best step is chosen by what a router does without."""
+    args = lab.args
     first = spread_states(lab.model.use(), data.samples[:args.guide_samples], shard)
     static, best = (routed_kl(lab, router, first).mean() for router in ("static", oracle))
     print(f"worth of spans of {args.worth_span} tokens known after {time.time() - began:.0f} s: "
           f"KL {best:.4f} on {min(args.guide_samples, len(data.samples))} samples by an oracle "
           f"that knows it (static order {static:.4f})", flush=True)
-    return oracle
 
 
 def warm_up(lab, guide, samples):
@@ -712,15 +709,20 @@ def main():
           f"ran in {time.time() - began:.0f} s; watched KL with the static router "
           f"{static.mean():.4f}", flush=True)
 
+    # what spans are worth, measured once, stands in the guide's place
+    out, began, oracle = Path(args.out_dir), time.time(), None
+    if args.teach == "worth":
+        oracle = Oracle.of_samples(model, samples, args.worth_span, out / "worth.jsonl")
+
     # go on, or find a guide and imitate it
-    oracle = find_worth(lab, data) if args.teach == "worth" else None
-    out = Path(args.out_dir)
     path, settings = out / "train_state.safetensors", settings_of(lab, samples, watch, known)
     save = partial(save_state, path, lab.learner, lab.optimizer, settings)
     if args.resume and path.exists():
         training = load_state(path, lab.learner, lab.optimizer, settings, oracle)
         print(f"resuming at step {training.step}")
     else:
+        if oracle:
+            report_worth(lab, data, oracle, began)
         guide = oracle or find_guide(lab, data, known, static)
         training = Training(guide)
         # an order is simple; what a span is worth takes all samples to learn

@@ -2,7 +2,7 @@
 
     make reproduce                                      # -> out/reproduce/; days on 2 cores
     python analysis/reproduce.py --list                 # what would run, and what is done
-    python analysis/reproduce.py --only 'late-0.30'     # one part, with what it needs
+    python analysis/reproduce.py --only late-0.30       # one part, after the part prepare
 
 A step is done when its command ended well; an interrupted run goes on behind the last one, stages
 by their own --resume. Each step's output is in out/reproduce/log/. --wikitext, --tasks: local files

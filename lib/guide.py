@@ -81,11 +81,6 @@ class Order:
         in_head = batch.local < self.head
         return value + FIRST * (in_tail.float() - in_head.float())
 
-    def targets(self, batch, scores, s):
-        """Its decisions for the free tokens of prompts (not kept anyway): 1 compute, 0 skip."""
-        kept = choose(self(batch, scores, s), batch, s)
-        return kept.mask[~batch.ends].float()
-
     def child(self, other, rng, width):
         """A neighbour whose values lie between this order's and another's, with some noise."""
         mix = rng.random() * (rng.random() < P_MIX)
@@ -112,6 +107,15 @@ class Order:
     def as_dict(self):
         """What artefacts store of it."""
         return asdict(self)
+
+
+def targets_of(guide, batch, scores, s):
+    """A guide's decisions for the free tokens of prompts (not kept anyway): 1 compute, 0 skip.
+
+    guide: an Order, or anything else that values tokens, like lib/worth.Oracle.
+    """
+    kept = choose(guide(batch, scores, s), batch, s)
+    return kept.mask[~batch.ends].float()
 
 
 def simple_curves():

@@ -488,9 +488,9 @@ def flops_converter(config, n_tokens, routing, largest):
         return prefill_flops(config, n_tokens, [s], kv, head=0, forecaster=forecaster,
                              last_only=False)
 
-    saved, sparsity = [0.0], [0.0]      # points of a curve
+    dense, saved, sparsity = block(0.0), [0.0], [0.0]       # the latter: points of a curve
     for i in range(1, round(largest * THOUSAND) + 1):
-        gain = THOUSAND * (1 - block(i / THOUSAND) / block(0.0))
+        gain = THOUSAND * (1 - block(i / THOUSAND) / dense)
         if gain > 0:                    # at first, a forecast may cost more than it saves
             saved.append(gain)
             sparsity.append(i / THOUSAND)
@@ -499,7 +499,7 @@ def flops_converter(config, n_tokens, routing, largest):
         found = [round(float(np.interp(u, saved, sparsity)), 6) for u in units]
         return [*found, found[-1]]
 
-    full = prefill_flops(config, n_tokens, [0.0] * config.n_layer, head=0) / block(0.0)
+    full = prefill_flops(config, n_tokens, [0.0] * config.n_layer, head=0) / dense
     return convert, int(saved[-1]), THOUSAND * full
 
 

@@ -15,11 +15,9 @@ import torch
 from lib.data import SHIPPED, read_rows, save_lines, weights_of
 from lib.files import check, digest, misfit
 from lib.processes import gather, rank, shard, world
-from lib.scoring import kl_divergence
+from lib.scoring import MOST_TOKENS, batches, kl_divergence
 from lib.stage import progress
-from model_ftp import choose
 
-MOST_TOKENS = 2048     # new tokens of the spans that run as one batch
 LEAST = 1e-5           # nats: what is worth less is noise of rounding
 BEST = 9.0             # log worth of tokens that never skip
 
@@ -41,25 +39,14 @@ def span_worth(model, prompt, response, size, first=1):
     model.use()
     whole = model.new_cache(1)
     logits = model.prefill([prompt], whole)
-    later = model.extend([response[:-1]], clone(whole, 1)) if len(response) > 1 else logits[:0]
-    dense = torch.cat((logits, later))
+    after = model.extend([response[:-1]], clone(whole, 1)) if len(response) > 1 else logits[:0]
+    dense = torch.cat((logits, after))
     spans, worth = spans_of(len(prompt), size), []
-    for group in batches(spans, len(prompt) + len(response)):
-        worth += without_each(model, prompt, response, group, first, whole, dense)
+    later = [(prompt[b:], response) for _, b in spans]      # what runs without each span
+    for i, group in batches(later, MOST_TOKENS) if spans else ():
+        some = spans[i:i + len(group)]
+        worth += without_each(model, prompt, response, some, first, whole, dense)
     return torch.tensor(worth)
-
-
-def batches(spans, n):
-    """Spans in lists that run at once; n: tokens of prompt and response."""
-    group, size = [], 0
-    for span in spans:
-        if group and size + n - span[1] > MOST_TOKENS:
-            yield group
-            group, size = [], 0
-        group.append(span)
-        size += n - span[1]
-    if group:
-        yield group
 
 
 def without_each(model, prompt, response, spans, first, whole, dense):
@@ -69,8 +56,7 @@ def without_each(model, prompt, response, spans, first, whole, dense):
         # what follows sees the keys before the span, in the first blocks its own as well
         cache.len[:first, row], cache.len[first:, row], cache.seen[row] = b, a, b
     new = [[*prompt[b:], *response[:-1]] for _, b in spans]
-    rows = torch.arange(len(spans)).numpy()
-    batch = model.batch(new, cache.seen[rows], rows)
+    batch = model.batch(new, cache.seen)
     x = model.run(model.extend_step, batch, cache, None).x
     found = []
     for row, n in enumerate(batch.lengths.tolist()):
@@ -142,11 +128,6 @@ class Oracle:
         value = self(batch, scores, s)
         free = value[~batch.ends]
         return (value - free.quantile(s)) / free.std().clamp(min=1e-6)
-
-    def targets(self, batch, scores, s):
-        """Its decisions for the free tokens of prompts (not kept anyway): 1 compute, 0 skip."""
-        kept = choose(self(batch, scores, s), batch, s)
-        return kept.mask[~batch.ends].float()
 
     def as_dict(self):
         """What artefacts store of it."""
