@@ -34,10 +34,12 @@ from lib.search import (
     data_pair,
     evolve,
     flops_converter,
+    from_block,
     late,
     repair,
     resume_key,
     shapes,
+    starts,
     with_last,
     work,
 )
@@ -57,9 +59,10 @@ def get_args():
         help=f"target: mean share of tokens that skip a block; {SPARSITY} where none is given")
     add("--flops_saved", type=number("(0, 1)"), default=None,
         help="target as the share of the prompts' block FLOPs saved, instead of --sparsity")
-    add("--method", default="ga", choices=["ga", "uniform", "bi", "late"],
-        help="genetic search, or a plain allocation: equal, by block influence, or the last blocks "
-             "alone")
+    add("--method", default="ga", choices=["ga", "uniform", "bi", "from", "late"],
+        help="genetic search, or a plain allocation: equal, by block influence, equal from "
+             "--from_block on, or the last blocks alone")
+    add("--from_block", type=whole("[1, inf)"), default=8, help="first to skip, --method from")
     add("--max_sparsity", type=number("(0, 1)"), default=0.99, help="largest sparsity of a block")
 
     add = p.add_argument_group("data").add_argument
@@ -152,23 +155,32 @@ def flops_budget(args, config, samples, routing):
 # ------------------------------------------------------------------------------------------------
 # the search
 
-def plain_allocations(influence, budget, rng):
+def plain_allocations(args, influence, budget, rng):
     """{--method: units}, what needs no search. influence (n_layer,): see block_influence()."""
     total, top, blocks, _ = budget
-    return {
+    plain = {
         "uniform": allocate([1.0] * blocks, total, top, rng),
         "bi": allocate([1 / v for v in influence[:blocks]], total, top, rng),
         "late": late(blocks, total, top),
     }
+    if args.method == "from":
+        check(total <= top * (blocks - args.from_block),
+              f"--from_block {args.from_block}: the blocks from there on cannot save that much; "
+              "lower it")
+        plain["from"] = from_block(args.from_block, blocks, total, top, rng)
+    return plain
 
 
 def first_generation(plain, n, budget, rng):
-    """n candidates: the plain allocations and shapes between them, then noise around these."""
+    """n candidates: the plain allocations, dense first blocks, ever steeper shapes, then noise
+    around these."""
     total, top, _, _ = budget
     uniform, by_influence = plain["uniform"], plain["bi"]
     middle = [(a + b) / 2 for a, b in zip(uniform, by_influence)]
-    known = [by_influence, repair(middle, total, top, rng),
-             *shapes(len(uniform), total, top, rng)]
+    steeper = shapes(len(uniform), total, top, rng)
+    # where few fit into a generation, the likeliest come first
+    known = [uniform, by_influence, *starts(len(uniform), total, top, rng),
+             repair(middle, total, top, rng), *steeper[1:]]
     noisy = []
     for far in NOISE:
         for _ in range(n):
@@ -217,7 +229,7 @@ def main():
 
     # what needs no search; the ranks must not part ways over a rounding
     influence = gather(block_influence(model, fit))[0]
-    plain = plain_allocations(influence, budget, rng)
+    plain = plain_allocations(args, influence, budget, rng)
 
     # the dense model's answers, by which all are measured
     fitness = Fitness(model, fit, max_states=args.max_states, convert=convert, **routing)

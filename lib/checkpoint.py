@@ -25,6 +25,7 @@ PICKLED = (
 # ------------------------------------------------------------------------------------------------
 # finding a checkpoint
 
+EMBEDDED = ("smollm2", "qwen2.5-coder-1.5b")  # what prepare.py fetches
 HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "README.md"]
 SECOND_COPIES = ["consolidated*", "original/*"]  # of the weights: Mistral's, LLaMA's
 
@@ -32,15 +33,15 @@ SECOND_COPIES = ["consolidated*", "original/*"]  # of the weights: Mistral's, LL
 def find_model(path):
     """Folder of a model.
 
-    path: "smollm2" (made by prepare.py), a local folder, a GGUF file (converted once, into
+    path: one of EMBEDDED (made by prepare.py), a local folder, a GGUF file (converted once, into
     models/gguf), or a hub id, which is fetched into the hub's cache. FTPError on anything else.
     """
     check(isinstance(path, (str, Path)) and str(path), f"--model {path!r}: give a name or a path")
     name, path = str(path), Path(path)
-    if name == "smollm2":
-        folder = HOME / "smollm2"
+    if name in EMBEDDED:
+        folder = HOME / name
         check((folder / "config.json").exists(),
-              "--model smollm2: not there yet; run `python prepare.py` first")
+              f"--model {name}: not there yet; run `python prepare.py --model {name}` first")
         return folder
     if path.is_dir():
         return path

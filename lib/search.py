@@ -37,6 +37,7 @@ from lib.stage import bar, load_progress, save_progress
 
 THOUSAND = 1000                         # units of a sparsity of 1
 STEEP = (0, 0.3, 1, 2, 4, 8, 99)        # shapes to start from: uniform ... the last blocks alone
+STARTS = (0.15, 0.3, 0.4, 0.5)          # and uniform ones behind this share of blocks, left dense
 MOVES = (1, 1, 2, 3)                    # pairs of blocks that a mutation changes, drawn evenly
 SMALLEST = 20                           # a mutation's smallest step is the largest one over this
 DRAWS = 100                             # for a child that differs from all before
@@ -264,6 +265,26 @@ def shapes(n_layer, total, top, rng):
     """
     depth = [l / n_layer for l in range(n_layer)]
     return [allocate([d ** steep for d in depth], total, top, rng) for steep in STEEP]
+
+
+def from_block(first, n_layer, total, top, rng):
+    """The candidate that is dense before block `first` and uniform from there on.
+
+    It must be able to bear the budget: total <= top * (n_layer - first).
+    """
+    share = total / (n_layer - first)
+    units = [0.0] * first + [share] * (n_layer - first)
+    return repair(units, total, top, rng, range(first, n_layer))
+
+
+def starts(n_layer, total, top, rng):
+    """Candidates that leave ever more of the first blocks dense, as far as the budget allows.
+
+    What large models lose by skips is lost in their first blocks for the most part.
+    """
+    firsts = [round(share * n_layer) for share in STARTS]
+    return [from_block(first, n_layer, total, top, rng) for first in firsts
+            if first > 1 and total <= top * (n_layer - first)]
 
 
 def late(n_layer, total, top):
