@@ -29,6 +29,15 @@ def spans_of(n, size):
     return [(a, b) for a, b in ends if b > a]
 
 
+def on_tokens(n, size, values):
+    """A value a span of a prompt of n tokens -> one a token, (n,); its ends have the largest."""
+    of_token = torch.full((n,), BEST)
+    for (a, b), value in zip(spans_of(n, size), values):
+        # of a span that a quota cuts in two the later tokens come first
+        of_token[a:b] = value + torch.linspace(0, 1e-3, b - a)
+    return of_token
+
+
 @torch.inference_mode()
 def span_worth(model, prompt, response, size, first=1):
     """Worth of each of spans_of(len(prompt), size), (spans,) float32 on the CPU.
@@ -117,11 +126,8 @@ class Oracle:
 
     def of_prompt(self, prompt):
         """The same of one prompt, (len(prompt),)."""
-        value = torch.full((len(prompt),), BEST)
-        for (a, b), worth in zip(spans_of(len(prompt), self.size), self.labels[prompt]):
-            # of a span that a quota cuts in two the later tokens come first
-            value[a:b] = math.log(max(worth, LEAST)) + torch.linspace(0, 1e-3, b - a)
-        return value
+        values = [math.log(max(worth, LEAST)) for worth in self.labels[prompt]]
+        return on_tokens(len(prompt), self.size, values)
 
     def margins(self, batch, scores, s):
         """log worth (N,) as a router's margin: deviation 1, above 0 in a share 1 - s of tokens."""
