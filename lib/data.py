@@ -19,6 +19,7 @@ from lib.stage import SPLIT, progress, saved
 PROMPTS = Path(__file__).resolve().parent.parent / "prompts.jsonl"
 SHIPPED = PROMPTS.parent / "artifacts" / "written"    # texts of the embedded model
 SPLITS = ("train", "watch", "heldout")  # to fit, to stop early, to evaluate
+CLOZE = (220, 480)             # letters before a word to be found again, about that many
 
 # What an item may hold. "response_ids" are a model's own, else "output" is tokenised.
 FORM: dict = {key: (str, None) for key in ("instruction", "input", "output", "text")}
@@ -327,23 +328,28 @@ def text_windows(text, tokenizer, max_prompt, max_response):
     return windows(ids, context, max_response)
 
 
-def cloze(text, tokenizer, max_prompt, least=40):
-    """Samples of a text: what stands before a word that was there before, and that word.
-
-    At least `least` tokens of prompt; the last such words of the text, two at most.
+def cloze(text, tokenizer, max_prompt, most=4, least=40):
+    """Samples of a text, LAMBADA's kind: some sentences up to a word that they had before, and that
+    word. `most` of them, whose prompts have `least` to max_prompt tokens.
     """
+    out, rng = [], random.Random(text)
     words = list(re.finditer(r"(?<= )[A-Za-z]{4,}", text))
-    seen, places = set(), []
+    rng.shuffle(words)
     for m in words:
-        if m[0].lower() in seen:
-            places.append(m)
-        seen.add(m[0].lower())
-    out = []
-    for m in reversed(places):
-        prompt = tokenizer(text[:m.start() - 1], add_special_tokens=False)["input_ids"]
+        # from the beginning of a sentence, some sentences earlier
+        far = max(0, m.start() - rng.randint(*CLOZE))
+        sentence = re.search(r"[.!?\n]\s+", text[far:m.start()]) if far else None
+        if far and not sentence:
+            continue
+        context = text[far + (sentence.end() if sentence else 0):m.start() - 1]
+        if not re.search(rf"\b{m[0]}\b", context, re.IGNORECASE):
+            continue
+        prompt = tokenizer(context, add_special_tokens=False)["input_ids"]
         word = tokenizer(" " + m[0], add_special_tokens=False)["input_ids"]
-        if least <= len(prompt) <= max_prompt and len(out) < 2:
+        if least <= len(prompt) <= max_prompt:
             out.append((prompt, word))
+        if len(out) == most:
+            break
     return out
 
 
