@@ -1,6 +1,6 @@
 """What `make demo` runs: a pruned model answers, then the pipeline prunes it before your eyes.
 
-    python analysis/demo.py                     # -> out/demo/, about nine minutes on 2 CPU cores
+    python analysis/demo.py          # -> out/demo/, 5 minutes on 2 cores with bfloat16, 11 without
     python analysis/demo.py --sparsity 0.40     # another target; --out_dir to keep both
 
 Each step says what it does and why, how long it took on the authors' 2 cores, and ends in a line of
@@ -194,7 +194,7 @@ def run_step(number_, of, step, log):
     if process.wait():
         raise FTPError(f"{step.words[0]} ended with code {process.returncode}: {last[0]}")
     result = step.result() if step.result else last[0] if not step.shown else "done"
-    print(f"    -> {result} ({time.time() - began:.0f} s)", flush=True)
+    print(f"    -> {result.removeprefix('-> ')} ({time.time() - began:.0f} s)", flush=True)
 
 
 def main():
