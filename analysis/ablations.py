@@ -14,6 +14,7 @@ like the base; stages that it has in common with others run once, and where the 
 it takes the base's. Each figure is the mean over seeds +- standard deviation; so is the KL over the
 base's of the same seed, of one seed alone +- the standard error over held-out samples.
 """
+import argparse
 import shlex
 import statistics
 import subprocess
@@ -63,7 +64,7 @@ def get_args():
     add("--data", default="self",
         help='calibration and held-out samples: "self", file, or datasets ids')
     for stage, script in STAGES.items():
-        add(f"--{stage}", default="",
+        add(f"--{stage}", default="", type=quoted,
             help=f'more flags for {script}, in one string: --{stage}="..."')
 
     add = p.add_argument_group("machine and output").add_argument
@@ -77,6 +78,16 @@ def get_args():
         help="auto: bfloat16 where the device computes in it, else float32")
     add("--threads", default=0, type=whole("[0, inf)"), help="CPU threads, 0: all cores")
     return p.parse_args()
+
+
+def quoted(text):
+    """Type of flags in one string, as a shell reads it."""
+    try:
+        shlex.split(text)
+    except ValueError as e:
+        mend = "close its quotes"
+        raise argparse.ArgumentTypeError(f"{text!r}: is not read ({e}); {mend}") from None
+    return text
 
 
 # ------------------------------------------------------------------------------------------------

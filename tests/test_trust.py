@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, TALLY, TORTURE, make_forecaster, make_router, tokens
-from test_stages import common, inside
+from test_stages import call, common, inside
 
 from lib import data
 from lib.artefacts import Schedule
@@ -144,6 +144,13 @@ ODD = ["nan", "inf", "-inf", "-1", "0", "1", "2", "1e400", "1e-400", "-0.5", "0.
 
 class Reached(Exception):
     """The flags were taken: the stage would load its model now."""
+
+
+def test_flags_with_an_open_quote_are_refused():
+    """Found by the long sweep."""
+    for text in ("'", '--seed "1', "\\"):
+        got = call("analysis/ablations.py", "--forecast", text, ok=False)
+        assert got.returncode == 2 and "--forecast" in got.stderr and "close its quotes" in got.stderr
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
