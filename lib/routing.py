@@ -119,6 +119,8 @@ def make_routing(model, schedule=None, router="static", *, prefill="topk", decod
 
     # what the caller leaves open, a trained router says
     group = group or (router.group if learned else 1)
+    n_layer = model.config.n_layer
+    check(group <= n_layer, f"--group {group}: more than the model's {n_layer} blocks; lower it")
     grouped = schedule.grouped(group)
     return Routing(
         sparsity=tuple(grouped.sparsity), leader=tuple(grouped.leaders(group)), schedule=grouped,

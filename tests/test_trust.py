@@ -146,6 +146,53 @@ class Reached(Exception):
     """The flags were taken: the stage would load its model now."""
 
 
+def test_each_odd_value_is_named_with_its_mend(workshop, artefacts, tmp_path, capsys):
+    """What ran silently, crashed, or was blamed on something else at aaf23a3: code 2, one line, the flag and what to do."""
+    path, d = workshop
+    m = ["--model", path, "--out_dir", tmp_path / "out", "--dtype", "float32", "--threads", "1"]
+    few = ["--data", d / "alpaca.json", "--nsamples", "3", "--nwatch", "2"]
+    schedule, router = ["--schedule", artefacts / "schedule.json"], ["--router", artefacts / "router.safetensors"]
+    (tmp_path / "two.json").write_text(json.dumps([{"instruction": "a b", "output": "c d e f g h i j"}] * 2))
+    longest = json.loads((path / "config.json").read_text())["max_position_embeddings"]    # no room is left to decode
+    train, evaluate = ["train_router.py", *schedule], ["evaluate.py", *schedule, *router, "--rows", "ftp"]
+    cases = [
+        (["search_scheduler.py", "--flops_saved", "nan"], "--flops_saved nan: must lie in"),
+        (["search_scheduler.py", "--flops_saved", "0.3", "--sparsity", "0.2"], "--sparsity and --flops_saved: both are a target"),
+        (["search_scheduler.py", "--crossover", "7"], "--crossover 7: must lie in"),
+        (["search_scheduler.py", "--nsamples", "0"], "--nsamples 0: must lie in"),
+        (["search_scheduler.py", "--nsamples", "1e9"], "--nsamples 1e9: must be a whole number"),
+        (["search_scheduler.py", *m, "--data", ""], "--data"),
+        (["search_scheduler.py", *m, "--data", tmp_path / "two.json"], "2 items; give at least 4"),
+        (["benchmark.py", *schedule, "--sparsity", "0.3"], "--sparsity: beside --schedule it would change nothing"),
+        (["benchmark.py", "--threads", "-1"], "--threads -1: must lie in"),
+        (["benchmark.py", "--threads", "100000"], "--threads 100000: must lie in"),
+        (["benchmark.py", *m, "--lengths", longest], "lower --lengths or --n_decode"),
+        (["benchmark.py", *m, "--device", "meta"], "--device meta"),
+        (["benchmark.py", *m, "--device", "mps"], "--device mps"),
+        (["benchmark.py", *m, "--out_dir", "/dev/null/x"], "--out_dir /dev/null/x"),
+        ([*train, "--seed", "-1"], "--seed -1: must lie in"),
+        ([*train, "--guide_evals", "0"], "--guide_evals 0: must lie in"),
+        ([*train, "--max_response", "0"], "--max_response 0: must lie in"),
+        ([*train, "--lambda_d", "nan"], "--lambda_d nan: must lie in"),
+        ([*train, "--warmup", "-1"], "--warmup -1: must lie in"),
+        ([*train, "--guide_until", "-1"], "--guide_until -1: must lie in"),
+        ([*train, "--decode_share", "5"], "--decode_share 5: must lie in"),
+        ([*train, *m, *few, "--group", "99"], "--group 99: more than the model's"),
+        ([*evaluate, "--decode_sparsity", "2"], "--decode_sparsity 2: must lie in"),
+        ([*evaluate, "--decode_sparsity", "nan"], "--decode_sparsity nan: must lie in"),
+        ([*evaluate, *m, *few[:2], "--text", "no.txt"], "--text"),
+        (["fit_late_kv.py", "--keys", "nan"], "--keys nan: must lie in"),
+        (["analysis/skips.py", *m, *schedule, *router, "--prompt", ""], "--prompt"),
+    ]
+    for words, said in cases:
+        code, _, err = inside(*words, capsys=capsys)
+        assert code == 2 and said in err and len(err.strip().splitlines()) == 1, (words, err)
+    # blanks after commas are no part of a name, and one watched sample has no spread to warn of
+    code, out, err = inside("search_scheduler.py", *m, "--data", f"{d}/alpaca.json, {d}/alpaca.json", "--nsamples", "2", "--nwatch", "1", "--method",
+                            "uniform", capsys=capsys)
+    assert code == 0 and "Warning" not in out + err and "nan" not in out.lower(), out + err
+
+
 def test_flags_with_an_open_quote_are_refused():
     """Found by the long sweep."""
     for text in ("'", '--seed "1', "\\"):
