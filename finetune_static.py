@@ -19,6 +19,7 @@ from lib.artefacts import Schedule
 from lib.calibration import calibrate_decode
 from lib.data import load_samples, load_tokenizer
 from lib.files import check
+from lib.numbers import error_of
 from lib.processes import rank
 from lib.search import (
     THOUSAND,
@@ -124,7 +125,7 @@ def report(cost, before, after):
     """Print what was gained over the schedule of stage 1, and what it cost."""
     diff = before - after           # (nwatch,); paired, as samples differ more than schedules
     print(f"watched KL: {before.mean():.4f} -> {after.mean():.4f}, difference {diff.mean():.4f} "
-          f"+- {diff.std() / len(diff) ** 0.5:.4f} (standard error over {len(diff)} samples)")
+          f"+- {error_of(diff)} (standard error over {len(diff)} samples)")
     print(f"{cost['evaluations']} evaluations in {cost['seconds']} s: "
           f"{cost['candidates_per_minute']} candidates/min, "
           f"{100 * cost['block_evaluations_saved']:.0f} % of block evaluations shared")

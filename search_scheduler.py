@@ -24,6 +24,7 @@ import torch
 from lib.data import load_tokenizer
 from lib.files import check
 from lib.flops import Meter
+from lib.numbers import error_of
 from lib.processes import gather, rank, share_meter
 from lib.search import (
     THOUSAND,
@@ -202,7 +203,7 @@ def report(args, cost, uniform_kl, kl):
     """Print what was gained over the uniform schedule, and what it cost."""
     diff = uniform_kl - kl          # (nwatch,)
     print(f"watched KL: uniform {uniform_kl.mean():.4f}, {args.method} {kl.mean():.4f}, "
-          f"difference {diff.mean():.4f} +- {diff.std() / len(diff) ** 0.5:.4f} "
+          f"difference {diff.mean():.4f} +- {error_of(diff)} "
           f"(standard error over {len(diff)} samples)")
     print(f"{cost['evaluations']} evaluations in {cost['seconds']} s: "
           f"{cost['candidates_per_minute']} candidates/min, "

@@ -43,7 +43,7 @@ from lib.data import load_samples, load_tokenizer
 from lib.files import check, digest, read_tensors, save_files, tensors_id
 from lib.flops import Meter
 from lib.guide import Order, decisions_of, imitate, search_guide, targets_of
-from lib.numbers import standard_error
+from lib.numbers import error_of
 from lib.processes import gather, rank, shard, share_meter, total, unshard, world
 from lib.reference import step_pair
 from lib.routing import with_thresholds
@@ -666,12 +666,11 @@ def report(lab, static, kl):
     """Print what the router gained. static, kl (samples,): watched KL of both routers."""
     meta, args = lab.router.meta, lab.args
     gain = static - kl
-    # of one sample there is no spread, and 0 would look sure
-    error = f"{standard_error(gain.tolist()):.4f}" if len(gain) > 1 else "unknown"
     parameters = sum(value.numel() for value in lab.router.parameters())
     print(f"watched KL: static {static.mean():.4f}, router {kl.mean():.4f} (step "
-          f"{meta['best_step']}), difference {gain.mean():.4f} +- {error} (standard error over "
-          f"{len(gain)} samples); {meta['work']['steps_per_minute']:.0f} steps/min")
+          f"{meta['best_step']}), difference {gain.mean():.4f} +- {error_of(gain)} "
+          f"(standard error over {len(gain)} samples); "
+          f"{meta['work']['steps_per_minute']:.0f} steps/min")
     print(f"realised prefill sparsity {meta['realised_sparsity']:.4f} (target "
           f"{lab.schedule.mean:.4f}); {parameters} parameters "
           f"-> {args.out_dir}/router.safetensors")

@@ -11,6 +11,11 @@ def standard_error(values):
     return math.sqrt(squares / max(n - 1, 1) / n)
 
 
+def error_of(values):
+    """The standard error of a tensor of items, as text; of one item it is unknown, not 0."""
+    return f"{standard_error(values.tolist()):.4f}" if len(values) > 1 else "unknown"
+
+
 def spread(values):
     """Over seeds: {"mean", "std", "n"} of the values that are there (None is not).
 
