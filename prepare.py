@@ -46,12 +46,14 @@ def get_args():
 def main():
     args = get_args()
 
-    # the model, once: a folder whose config is there is whole
+    # the model, once: a folder whose config is there is whole, as it appears by renaming
     folder, began = HOME / args.model, time.time()
     if args.model in SOURCES and not (folder / "config.json").exists():
+        # beside its place, so that the rename stays on one disk
         HOME.mkdir(parents=True, exist_ok=True)
         fetch(args.model, folder)
         print(f"{folder} is ready ({time.time() - began:.0f} s)")
+    # what the embedded model answers is shipped: a demo need not wait for it
     if args.fetch_only:
         return
 
