@@ -62,7 +62,7 @@ def test_harness_equals_hugging_face(workshop, harness):
     tasks = ("choice", "rolling", "generate")
     hf, got_hf = harness_run(harness, HFLM(str(workshop[0]), device="cpu", dtype="float32", batch_size=3, max_length=40), *tasks)
     for more in ({}, {"max_tokens": 64}):
-        ours, got = harness_run(harness, FTPLM(str(workshop[0]), device="cpu", max_length=40, **more), *tasks)
+        ours, got = harness_run(harness, FTPLM(str(workshop[0]), dtype="float32", device="cpu", max_length=40, **more), *tasks)
         assert flat(ours["choice"]) == pytest.approx(flat(hf["choice"]), abs=1e-3)
         assert flat(ours["rolling"]) == pytest.approx(flat(hf["rolling"]), abs=1e-2)
         assert ours["generate"] == hf["generate"] and any(flat(ours["generate"]))
@@ -77,7 +77,7 @@ def test_harness_equals_evaluate(workshop, harness):
     path = str(workshop[0])
     model, tok = FTPModel.from_pretrained(path), data.load_tokenizer(path)
     s = Schedule([0.0, 0.5, 0.5, 0.4, 0.3, 0.5], model.fingerprint)
-    lm = FTPLM(path, device="cpu", schedule=s, max_length=120, scored=16)
+    lm = FTPLM(path, dtype="float32", device="cpu", schedule=s, max_length=120, scored=16)
     got, results = harness_run(harness, lm, "choice", "rolling", "generate")
     _, items = tasks.load_task(f"choice={harness}/choice.jsonl")
     items = [it | {"continuations": [" " + c for c in it["continuations"]]} for it in items]  # the harness's delimiter
@@ -87,12 +87,12 @@ def test_harness_equals_evaluate(workshop, harness):
     assert flat(got["choice"])[::2] == pytest.approx([v for v, _ in evaluation.score_pairs(model, pairs, "causal")], abs=1e-3)
     samples = sorted(results["samples"]["choice"], key=lambda e: e["doc_id"])
     assert [e["acc"] for e in samples] == mine["items"] and [e["acc_norm"] for e in samples] == mine["items_norm"]
-    dense, _ = harness_run(harness, FTPLM(path, device="cpu", max_length=120), "choice", "rolling")
+    dense, _ = harness_run(harness, FTPLM(path, dtype="float32", device="cpu", max_length=120), "choice", "rolling")
     for t in dense:  # something was skipped
         assert max(abs(a - b) for a, b in zip(flat(got[t]), flat(dense[t]))) > 0.05
     st = results["config"]["ftp"]
     assert 0.25 < st["sparsity_prefill"] < 0.4 and st["sparsity_decode"] == 0
-    assert flat(harness_run(harness, FTPLM(path, device="cpu", schedule=s, max_length=120, scored=16, max_tokens=1), "rolling")[0]["rolling"]) == (
+    assert flat(harness_run(harness, FTPLM(path, dtype="float32", device="cpu", schedule=s, max_length=120, scored=16, max_tokens=1), "rolling")[0]["rolling"]) == (
         pytest.approx(flat(got["rolling"]), abs=1e-3))
     texts = [json.loads(line)["context"] for line in (harness / "generate.jsonl").read_text().splitlines()]
     new = model.generate([data.encode(tok, t) for t in texts], max_new_tokens=12)

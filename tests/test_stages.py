@@ -279,7 +279,8 @@ def test_evaluation(made, workshop, tmp_path):
         r = rows[name]
         assert r["kl"] > 0 and abs(r["sparsity_prefill"] - 0.3) < 0.03 and r["sparsity_decode"] == 0  # short prompts: quotas round up
         assert r["flops_saved_prefill"] > 0.18  # a fifth of the sparsity is the last block's, where it saves nothing
-    assert abs(rows["ftp_decode"]["sparsity_decode"] - 0.3) < 0.2
+    # thresholds come from 48 samples of a random model, and are asked about other texts
+    assert abs(rows["ftp_decode"]["sparsity_decode"] - 0.3) < 0.25
 
 
 def test_scores_equal_hugging_face(workshop):
