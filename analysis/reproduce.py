@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from lib.files import FTPError, digest
-from lib.stage import Parser, run
+from lib.stage import Parser, run, saved
 
 LEVELS = (0.22, 0.30, 0.40)
 TASKS = ("arc_easy", "arc_challenge", "hellaswag", "piqa", "openbookqa", "lambada_openai")
@@ -112,6 +112,8 @@ def main():
     log.mkdir(parents=True, exist_ok=True)
     state = log / "done.json"
     done = json.loads(state.read_text()) if state.exists() else {}
+    if done:
+        saved[state] = f"{len(done)} steps done"       # what an interruption says is kept
     todo = [(part, words) for part, words in steps(args) if args.only in (None, part)]
     if not todo:
         raise FTPError(f"--only {args.only}: no such part; see --list")
@@ -131,6 +133,7 @@ def main():
                            "command goes on from here")
         done[name] = round(time.time() - began)
         state.write_text(json.dumps(done) + "\n")
+        saved[state] = f"{len(done)} steps done"
     if not args.list:
         print(f"all done -> {args.out_dir}")
 
