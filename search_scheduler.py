@@ -114,6 +114,8 @@ def get_args():
           f"--population {args.population} must be larger than --elite {args.elite}")
     check(args.sparsity is None or args.flops_saved is None,
           "--sparsity and --flops_saved: both are a target; give one")
+    check(args.method == "from" or "from_block" not in args.typed,
+          f"--from_block: it changes nothing beside --method {args.method}; give --method from")
     if args.sparsity is None and args.flops_saved is None:
         args.sparsity = SPARSITY
     return args

@@ -85,8 +85,8 @@ def quoted(text):
     try:
         shlex.split(text)
     except ValueError as e:
-        mend = "close its quotes"
-        raise argparse.ArgumentTypeError(f"{text!r}: is not read ({e}); {mend}") from None
+        said = f"{text!r}: is not read ({e}); close its quotes"
+        raise argparse.ArgumentTypeError(said) from None
     return text
 
 

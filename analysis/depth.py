@@ -24,14 +24,14 @@ from torch import nn
 from analysis.style import plt, save
 from analysis.worth import measure, print_gains
 from lib.artefacts import Schedule
-from lib.attention import attention_probs, relative_score
+from lib.attention import received, relative_score
 from lib.data import load_samples, load_tokenizer
 from lib.files import save_json
 from lib.numbers import spread
+from lib.routing import WINDOW
 from lib.stage import Parser, number, progress, run, start, whole
 from lib.worth import LEAST, Oracle, on_tokens, spans_of
 
-WINDOW = 16                        # last queries whose attention is looked at, as the routers do
 DEPTHS = 8                         # how many depths are tried
 WIDTH, DROPOUT = 64, 0.3           # of a network: that of the routers, and against few samples
 STEPS, LR, DECAY, BATCH = 300, 3e-3, 0.03, 1024
@@ -79,12 +79,11 @@ def attention_by_block(model, prompt):
     """
     model.use()
     batch = model.batch([prompt])
-    state, found, n = model.begin(batch), [], len(prompt)
-    seers = (n - torch.arange(n)).clamp(max=min(WINDOW, n))     # queries that can see each token
+    state, found = model.begin(batch), []
     for l, block in enumerate(model.blocks):
         q, k, _ = block.qkv(state.x, batch.all.rope)
-        probs = attention_probs(q[None, -WINDOW:], k[None])[0].mean(0).cpu()     # (W, T)
-        found.append(relative_score(torch.stack((probs.sum(0) / seers, probs[-1])), n))
+        got = torch.cat([received(q[None], k[None], None, last) for last in (WINDOW, 1)])   # (2, T)
+        found.append(relative_score(got, len(prompt)).cpu())
         state = model.prefill_step(l, batch, state)
     return torch.stack(found)
 

@@ -112,8 +112,6 @@ def main():
     log.mkdir(parents=True, exist_ok=True)
     state = log / "done.json"
     done = json.loads(state.read_text()) if state.exists() else {}
-    if done:
-        saved[state] = f"{len(done)} steps done"       # what an interruption says is kept
     todo = [(part, words) for part, words in steps(args) if args.only in (None, part)]
     if not todo:
         raise FTPError(f"--only {args.only}: no such part; see --list")
@@ -123,6 +121,8 @@ def main():
         print(f"[{i}/{len(todo)}] {part}, {seconds}: {line}", flush=True)
         if args.list or name in done:
             continue
+        if done:
+            saved[state] = f"{len(done)} steps done"       # what an interruption says is kept
         began = time.time()
         with open(log / f"{part}.txt", "a") as file:
             file.write(f"\n$ {line}\n")
@@ -133,7 +133,6 @@ def main():
                            "command goes on from here")
         done[name] = round(time.time() - began)
         state.write_text(json.dumps(done) + "\n")
-        saved[state] = f"{len(done)} steps done"
     if not args.list:
         print(f"all done -> {args.out_dir}")
 

@@ -169,6 +169,8 @@ def test_a_schedule_from_a_block_on(workshop, tmp_path):
     assert s.sparsity[:2] == [0, 0] and min(s.sparsity[2:]) > 0.2 and s.mean == pytest.approx(0.3, abs=0.001)
     got = call("search_scheduler.py", *a, *b, *few, "--from_block", 4, ok=False)
     assert got.returncode == 2 and "--from_block 4" in got.stderr
+    got = call("search_scheduler.py", *a, *b, "--from_block", 2, ok=False)      # it would change nothing
+    assert got.returncode == 2 and "give --method from" in got.stderr
 
 
 def test_training_resumes_to_the_same_result(made, workshop, tmp_path, monkeypatch):
