@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from lib.data import load_tokenizer, read_text
+from lib.data import load_tokenizer, read_text, template_ids
 from lib.files import check
 from lib.flops import Meter
 from lib.scoring import response_kl, response_states
@@ -38,7 +38,8 @@ def get_args():
     add = p.add_argument_group("prompt").add_argument
     add("--prompt", default=None, help="what to ask; without it and --file a chat begins")
     add("--file", default=None, help="text file that is the prompt, or stands behind --prompt")
-    add("--system", default=None, help="system prompt; by default the chat template's own, if any")
+    add("--system", default=None,
+        help='system prompt, "" for none; by default the chat template\'s own, if any')
 
     # who answers
     add = p.add_argument_group("pruned model").add_argument
@@ -91,8 +92,7 @@ def chat_ids(tokenizer, turns, system):
     messages += [{"role": role, "content": text} for role, text in turns]
     if not tokenizer.chat_template:                       # a base model: text goes on as it is
         return tokenizer("\n\n".join(m["content"] for m in messages))["input_ids"]
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
+    return template_ids(tokenizer, messages, bare=system == "")
 
 
 def stream_answer(model, tokenizer, prompt, args):

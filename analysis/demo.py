@@ -53,6 +53,8 @@ def steps(out, sparsity):
             "--forecaster", f"{out}/kv/forecaster.safetensors"]
     ftp = ["--schedule", f"{out}/schedule_ft.json", "--router", f"{out}/router.safetensors"]
     s = f"{sparsity:g}"
+    # chats without a system prompt: a constant one would be dropped first, a gain for nothing
+    data = ["--data", "bare"]
     return [
         Step("a pruned model answers, beside the dense one",
              "the shipped late keys and values skip 30 % of a long prompt's work: the first token "
@@ -62,12 +64,12 @@ def steps(out, sparsity):
         Step("stage 1: search a schedule",
              "how many tokens may skip each block? A genetic search, tokens chosen by position "
              "alone, judged by KL to the dense model", 60,
-             ["search_scheduler.py", "--sparsity", s, "--nsamples", "6", "--nwatch", "12",
+             ["search_scheduler.py", "--sparsity", s, *data, "--nsamples", "6", "--nwatch", "12",
               "--evaluations", "16", "--population", "8", "--patience", "2", "--out_dir", out],
              lambda: search_result(f"{out}/schedule.json")),
         Step("stage 2: train the router",
              "which tokens? A 2-layer MLP on four cheap factors learns it, the LLM stays frozen",
-             95, ["train_router.py", "--schedule", f"{out}/schedule.json", "--steps", "6",
+             95, ["train_router.py", "--schedule", f"{out}/schedule.json", *data, "--steps", "6",
                   "--eval_every", "6", "--nwatch", "12", "--guide_evals", "16",
                   "--guide_samples", "8", "--warmup", "600", "--calibration_samples", "16",
                   "--out_dir", out],
@@ -75,27 +77,27 @@ def steps(out, sparsity):
         Step("stage 3: search again around the schedule found",
              "with the trained router in place, small moves", 40,
              ["finetune_static.py", "--schedule", f"{out}/schedule.json",
-              "--router", f"{out}/router.safetensors", "--nsamples", "8", "--nwatch", "12",
+              "--router", f"{out}/router.safetensors", *data, "--nsamples", "8", "--nwatch", "12",
               "--evaluations", "6", "--population", "4", "--elite", "2",
               "--calibration_samples", "16", "--out_dir", out],
              lambda: finetune_result(f"{out}/schedule_ft.json")),
         Step("late keys and values: the schedule",
              "beyond the paper: skip the last blocks whole, for all prompt tokens but two", 20,
              ["search_scheduler.py", "--method", "late", "--flops_saved", s, "--kv", "keep",
-              "--nsamples", "4", "--nwatch", "8", "--out_dir", f"{out}/kv"]),
+              *data, "--nsamples", "4", "--nwatch", "8", "--out_dir", f"{out}/kv"]),
         Step("late keys and values: the maps",
              "one linear map a block stands for the keys and values that would be missing", 100,
-             ["fit_late_kv.py", "--only_kv", "--keys", "0.5", "--data", "self,text",
+             ["fit_late_kv.py", "--only_kv", "--keys", "0.5", "--data", "bare,text",
               "--nsamples", "60", "--schedule", f"{out}/kv/schedule.json", "--tune", "30",
               "--tune_samples", "40", "--nwatch", "12", "--eval_every", "15",
               "--out_dir", f"{out}/kv"],
              lambda: late_result(f"{out}/kv/forecaster.json")),
         Step("measure quality", "on prompts that none of the stages saw", 60,
-             ["evaluate.py", *ftp, "--rows", "static,ftp", "--nsamples", "24",
+             ["evaluate.py", *ftp, "--rows", "static,ftp", *data, "--nsamples", "24",
               "--nwindows", "16", "--out_dir", out]),
         Step("measure quality of late keys and values", "on the same prompts", 40,
-             ["evaluate.py", *late, "--rows", "static", "--nsamples", "24", "--nwindows", "16",
-              "--out_dir", f"{out}/kv"]),
+             ["evaluate.py", *late, "--rows", "static", *data, "--nsamples", "24",
+              "--nwindows", "16", "--out_dir", f"{out}/kv"]),
         Step("measure speed", "wall-clock of prefill and decoding, in turns with the dense model "
              "and with transformers", 55,
              ["benchmark.py", *ftp, "--lengths", "256,1024", "--rounds", "3", "--n_decode", "4",
@@ -103,8 +105,9 @@ def steps(out, sparsity):
         Step("measure speed of late keys and values", "likewise", 25,
              ["benchmark.py", *late, "--lengths", "256,1024", "--rounds", "3", "--n_decode", "4",
               "--no_hf", "--out_dir", f"{out}/kv"]),
-        Step("the page", "what was skipped, token by token, what was answered, and all tables", 40,
-             ["analysis/report.py", *ftp, "--eval", f"{out}/eval.json",
+        Step("the page", "what was skipped, token by token, what the answer needed, what was "
+             "answered, and all tables", 45,
+             ["analysis/report.py", *ftp, "--bare", "--eval", f"{out}/eval.json",
               "--eval", f"late={out}/kv/eval.json", "--bench", f"{out}/bench.json",
               "--bench", f"late={out}/kv/bench.json", "--out_dir", out]),
     ]
@@ -213,7 +216,7 @@ def main():
           "of the prompt's pass, by the clock.")
     print(f"page: {out}/report.html   tables: {out}/eval.json, {out}/bench.json   "
           f"full log: {out}/log.txt   {time.time() - began:.0f} s in all")
-    print("next: source .venv/bin/activate, then: python sample.py --schedule "
+    print('next: source .venv/bin/activate, then: python sample.py --system "" --schedule '
           f"{out}/schedule_ft.json --router {out}/router.safetensors")
     (out / "demo.json").write_text(json.dumps({"seconds": round(time.time() - began)}) + "\n")
 

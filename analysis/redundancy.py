@@ -3,7 +3,11 @@
     python analysis/redundancy.py                            # -> redundancy.png, redundancy.json
     python analysis/redundancy.py --text book.txt --nsamples 500 --seqlen 1024
 
-In: a model, and a text or its own answers. Out: the paper's redundancy figures, and their numbers.
+In: a model, and a text or its own answers. Out: the paper's redundancy figures, their numbers, and
+the test of what the paper takes for granted: that a token which a block hardly changes can skip it.
+At equal FLOPs, the tokens of high cosine skip, or those of low, or at random, or by position; the
+KL of what follows the prompt says which harms. The cosines are those of the block at hand on the
+routed states, so that this is the best that such a choice could do: no router knows them before.
 """
 import sys
 from pathlib import Path
@@ -14,9 +18,14 @@ import torch
 import torch.nn.functional as F
 
 from analysis.style import label_lines, plt, save, settle
+from analysis.worth import measure, print_gains
+from lib.artefacts import Schedule
 from lib.data import load_samples, load_text, load_tokenizer, windows
 from lib.files import save_json
-from lib.stage import Parser, numbers, progress, run, start, whole
+from lib.stage import Parser, number, numbers, progress, run, start, whole
+from model_ftp import FTPModel
+
+SCORED = 64     # tokens at most that follow a prompt, of a sequence of --text
 
 
 def get_args():
@@ -26,6 +35,11 @@ def get_args():
     add("--text", default=None, help="text to run through; default: the calibration samples")
     add("--nsamples", default=64, type=whole("[1, inf)"), help="sequences")
     add("--seqlen", default=256, type=whole("[2, inf)"), help="tokens a sequence, with --text")
+
+    add = p.add_argument_group("test").add_argument
+    add("--ntest", default=24, type=whole("[0, inf)"),
+        help="sequences whose tokens skip by cosine, 0: no test")
+    add("--sparsity", default=0.30, type=number("(0, 1)"), help="of the test, in each block")
 
     add = p.add_argument_group("figure").add_argument
     add("--thresholds", default="0.7,0.8,0.9", type=numbers("(-1, 1)"),
@@ -49,12 +63,12 @@ def get_args():
 
 
 def sequences(args, model, tokenizer):
-    """What runs through the model: a list of lists of ids."""
+    """What runs through the model: [(prompt ids, ids that follow)]."""
     if args.text:
         ids = tokenizer(load_text(args.text), add_special_tokens=False)["input_ids"]
-        return [prompt for prompt, _ in windows(ids, args.seqlen, 0, args.nsamples)]
-    samples = load_samples("self", model, tokenizer, "train", args.nsamples)
-    return [prompt + response for prompt, response in samples]
+        scored = min(SCORED, args.seqlen // 2)
+        return windows(ids, args.seqlen - scored, scored, args.nsamples)
+    return load_samples("self", model, tokenizer, "train", args.nsamples)
 
 
 @torch.inference_mode()
@@ -68,6 +82,37 @@ def cosines(model, ids):
         found.append(F.cosine_similarity(before.float(), after.x.float(), dim=-1).cpu())
         state = after
     return torch.stack(found)
+
+
+class ByCosine(FTPModel):
+    """FTPModel that asks each block what it would do to each token, and chooses by that.
+
+    keep "changed": the tokens of high cosine skip, the paper's argument; "unchanged": those of low.
+    It saves nothing, as it runs all of what it then skips.
+    """
+    @classmethod
+    def of(cls, model, keep):
+        """A loaded FTPModel as one of this class: the same weights, a routing of its own."""
+        made = cls.__new__(cls)
+        made.__dict__.update(vars(model))
+        made.keep = keep
+        return made
+
+    def margins(self, l, batch, state):
+        """Cosine of input and output, (N,) float32, below zero where the changed are kept."""
+        after, *_ = self.blocks[l].prefill(state.x, batch.all, batch, None)
+        cosine = F.cosine_similarity(state.x.float(), after.float(), dim=-1)
+        return (-cosine if self.keep == "changed" else cosine), state
+
+
+def test(model, samples, sparsity):
+    """A row each way of choosing: KL of what follows the prompts, FLOPs saved."""
+    schedule = Schedule.uniform(model, sparsity)
+    rows = measure(model, samples, schedule, {"static": ("static", {}), "random": ("random", {})})
+    for keep, name in (("changed", "high cosine skips"), ("unchanged", "low cosine skips")):
+        rows += measure(ByCosine.of(model, keep), samples, schedule, {name: ("random", {})})
+    print_gains(rows)
+    return rows
 
 
 def draw(path, heat, share, thresholds, said):
@@ -104,7 +149,8 @@ def main():
 
     # of every block and threshold, the tokens above it
     above, total, heat = torch.zeros(len(args.thresholds), model.config.n_layer), 0, None
-    for ids in progress(seqs, desc="redundancy", unit="sequence"):
+    for prompt, after in progress(seqs, desc="redundancy", unit="sequence"):
+        ids = [*prompt, *after]
         found = cosines(model, ids)
         for i, threshold in enumerate(args.thresholds):
             above[i] += (found > threshold).sum(1)
@@ -115,6 +161,7 @@ def main():
     said = f"{len(seqs)} sequences, {total} tokens"
     path = draw(f"{args.out_dir}/redundancy.png", heat, share, args.thresholds, said)
     keys = [str(t) for t in args.thresholds]
+    rows = test(model, seqs[:args.ntest], args.sparsity) if args.ntest else []
     save_json(f"{args.out_dir}/redundancy.json", {
         "format": "ftp-redundancy-1",
         "config": config,
@@ -122,6 +169,7 @@ def main():
         "sequences": len(seqs),
         "share_above": {k: line.tolist() for k, line in zip(keys, share)},
         "mean": {k: float(line.mean()) for k, line in zip(keys, share)},
+        "test": rows,
     })
     for k, line in zip(keys, 100 * share):
         first, middle, last = line[:3], line[3:-3], line[-3:]

@@ -34,8 +34,10 @@ from lib.skipped import is_kv_only
 from lib.skips import prefill_with_map
 from lib.stage import Parser, run, start, whole
 from lib.timing import timed
+from lib.worth import span_worth, spans_of
 
 LARGEST = 1_000_000       # bytes of the page
+SPAN = 8                  # tokens of a span whose worth is measured, at least
 # what must have been the same, for rows of several eval.json to stand in one table
 SAME = ("protocol", "text", "context", "scored", "nwindows", "tasks", "limit", "data", "nsamples",
         "max_response")
@@ -43,6 +45,7 @@ SAME = ("protocol", "text", "context", "scored", "nwindows", "tasks", "limit", "
 RESULT_FORM = {"config": {"settings": dict, "model": str}, "rows": [{"name": str}]}
 ANSWER_FORM = {"text": str, "ids": [int]}
 REPORT_FORM = {
+    "worth": {"size": (int, None), "values": [float]},
     "config": dict,
     "what": str,
     "method": str,
@@ -77,6 +80,10 @@ def get_args():
     add("--file", default=None, help="text file that is the prompt, or stands behind --prompt")
     add("--longest", type=whole("[1, inf)"), default=400,
         help="longest held-out prompt taken, tokens")
+    add("--bare", action="store_true",
+        help="without the system prompt that the model's chat template puts first")
+    add("--spans", type=whole("[0, inf)"), default=48,
+        help="parts of the prompt, of 8 tokens or more, whose worth is measured; 0: none")
     add("--max_new_tokens", type=whole("[1, inf)"), default=96, help="longest answer, tokens")
     add("--rounds", type=whole("[1, inf)"), default=5,
         help="how often the prompt is read by the clock, dense and pruned in turns")
@@ -181,10 +188,10 @@ def pick_prompt(args, tokenizer):
         check(found, f"--file {args.file}: it is empty; give a text")
         text = f"{text}\n\n{found}" if text else found
     if text:
-        return render(tokenizer, text)
+        return render(tokenizer, text, bare=args.bare)
     rows = read_rows(PROMPTS)
     heldout = [r for r, split in zip(rows, splits_of(len(rows))) if split == "heldout"]
-    prompts = [render(tokenizer, row["instruction"], row["input"]) for row in heldout]
+    prompts = [render(tokenizer, row["instruction"], row["input"], args.bare) for row in heldout]
     short = [ids for ids in prompts if len(ids) <= args.longest]
     check(short, f"--longest {args.longest}: no held-out prompt is that short; give a larger one")
     return max(short, key=len)
@@ -240,6 +247,18 @@ def influence(model, schedule, prompt, answer):
     return block_influence(model, [(prompt, answer)])
 
 
+def worth_of(args, model, prompt, answer):
+    """What each span of the prompt is worth to the dense answer: "size", "values", nats a token.
+
+    The size is None, and nothing measured, where --spans says so.
+    """
+    if not args.spans or not answer:
+        return {"size": None, "values": []}
+    size = max(SPAN, -(-len(prompt) // args.spans))
+    print(f"worth of spans of {size} tokens", flush=True)
+    return {"size": size, "values": span_worth(model, prompt, answer, size).tolist()}
+
+
 def collect(args, model, tokenizer):
     """Run the prompt, pruned and dense -> what report.json tells. The model is routed before."""
     routing = model.routing
@@ -269,6 +288,8 @@ def collect(args, model, tokenizer):
         kl = float(response_kl(model, states["dense"], states["pruned"]).mean())
         worse = nll(model, states["pruned"], sample) - nll(model, states["dense"], sample)
 
+    worth = worth_of(args, model, prompt, answers["dense"]["ids"])
+
     special = set(tokenizer.all_special_ids)
     return {
         "method": method_of(routing),
@@ -277,6 +298,7 @@ def collect(args, model, tokenizer):
         "special": [i for i, token in enumerate(prompt) if token in special],
         # a string a block, a letter a token: 1 where it computes the block
         "kept": ["".join(map(str, row)) for row in computed.int().tolist()],
+        "worth": worth,
         "skipped": meter.mean("prefill"),
         "flops_saved": meter.saved("prefill"),
         "quality": {"kl": kl, "ppl_ratio": math.exp(worse)},
@@ -296,8 +318,10 @@ def load_report(path):
     fits = all(len(row) == tokens and set(row) <= {"0", "1"} for row in report["kept"])
     schedule = report["schedule"]
     per_block = {blocks, len(schedule["sparsity"]), len(schedule["block_influence"])}
-    check(tokens and blocks and fits and len(per_block) == 1,
-          f"--from_json: {path} is damaged (its map, tokens and schedule differ in size); "
+    worth = report["worth"]
+    spans = len(spans_of(tokens, worth["size"])) if worth["size"] else 0
+    check(tokens and blocks and fits and len(per_block) == 1 and len(worth["values"]) == spans,
+          f"--from_json: {path} is damaged (its map, tokens, worth and schedule differ in size); "
           "make it again without --from_json")
     return report
 

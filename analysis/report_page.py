@@ -13,6 +13,7 @@ import numpy as np
 
 from analysis.report_charts import schedule_chart, skip_map, speed_chart
 from analysis.style import colour, labelled, method
+from lib.worth import LEAST, spans_of
 
 TEMPLATE = Path(__file__).with_name("page.html")
 DEEPEST = 64      # per cent of the method's colour behind the token that skips most: still readable
@@ -67,6 +68,7 @@ def page(report, evals=(), benches=()):
     sections = [
         head(report, *mine),
         prompt_section(report),
+        worth_section(report),
         map_section(report),
         answers_section(report),
         schedule_section(report),
@@ -294,6 +296,36 @@ def token_span(text, share, special):
         return f'<i class="t part"{shade}></i>'
     body = escape(text).replace("\n", '<span class=nl>↵</span>\n')
     return f'<i class="{"t sp" if special else "t"}"{shade}>{body}</i>'
+
+
+def worth_section(report):
+    """The text again, every span shaded by how far the dense answer moves without it."""
+    size, worth = report["worth"]["size"], np.array(report["worth"]["values"])
+    if not len(worth):
+        return None
+    tokens, blocks = report["tokens"], len(report["kept"])
+    spans = spans_of(len(tokens), size)
+    skipped = np.array(skipped_blocks(report)) / blocks
+    on_spans = np.array([skipped[a:b].mean() for a, b in spans])
+    worth = worth.clip(min=LEAST)                      # below is the noise of rounding
+    # from the least to the most, in orders of magnitude
+    shade = np.log(worth / worth.min()) / max(np.log(worth.max() / worth.min()), 1e-9)
+    parts = [escape(tokens[0])]
+    for (a, b), value, share in zip(spans, worth, shade):
+        parts.append(f'<i class="w" style=--a:{DEEPEST * share:.0f}% title="{value:.2g} nats">'
+                     f'{escape("".join(tokens[a:b]))}</i>')
+    parts += [escape(t) for t in tokens[spans[-1][1]:]]
+    richest = np.sort(worth)[::-1][:-(-len(worth) // 3)].sum() / worth.sum()
+    lost = (on_spans * worth).sum() / worth.sum()
+    note = (f"A span of {size} tokens alone skips all blocks but the first: how far does the dense "
+            "answer move? No router can know, as it asks the answer. The worthiest third of the "
+            f"spans has {percent(richest, 0)} of the worth. What was skipped above holds "
+            f"<b>{percent(lost, 0)}</b> of the worth and {percent(on_spans.mean(), 0)} of the "
+            "tokens; the less worth, the better the choice.")
+    scale = (f'<div class="scale worth"><span>{worth.min():.1g} nats a token</span><i></i>'
+             f"<span>{worth.max():.2g}</span></div>")
+    return section("What did the answer need?", f'<p class="note">{note}</p>', scale,
+                   f'<div class="prompt worth">{"".join(parts)}</div>')
 
 
 def map_section(report):

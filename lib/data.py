@@ -142,7 +142,15 @@ def render(tokenizer, instruction, context="", bare=False):
     text = f"{instruction}\n\n{context}" if context else instruction
     if not tokenizer.chat_template:
         return tokenizer(f"### Instruction:\n{text}\n\n### Response:\n")["input_ids"]
-    chat, head = [{"role": "user", "content": text}], ""
+    return template_ids(tokenizer, [{"role": "user", "content": text}], bare)
+
+
+def template_ids(tokenizer, chat, bare=False):
+    """Token ids of a chat [{"role", "content"}] in the model's template, up to the answer.
+
+    bare: without the system prompt that a template may put first where the chat has none.
+    """
+    head = ""
     if bare:
         # some templates put their own where none is given: an empty one is given, and cut off
         empty = [{"role": "system", "content": ""}]

@@ -21,7 +21,7 @@ from lib.numbers import standard_error
 from lib.processes import from_all_ranks, rank, shard, share_meter, unshard
 from lib.scoring import batches, by_sample, kl_divergence, response_states, spread_states
 from lib.stage import load_progress, progress, save_progress
-from lib.tasks import encode_pair, load_task
+from lib.tasks import encode_pair, keys_of, load_task
 
 ANSWER = 32     # tokens generated where an answer is searched for
 CHUNK = 512     # rows of which logits are held at a time: of 128 000 tokens, 250 MB in float32
@@ -135,7 +135,7 @@ def bare(text):
 
 def generated_hits(model, tokenizer, items, truncate=False, max_new_tokens=ANSWER,
                    max_tokens=8192, meter=None):
-    """1.0 for each item whose greedy answer's first line holds one of its answers, else 0.0.
+    """1.0 for each item whose greedy answer is one of its answers, see is_answer(), else 0.0.
 
     Always a prompt, then decoding. truncate: cut prompts that leave no room at their left.
     """
@@ -150,10 +150,16 @@ def generated_hits(model, tokenizer, items, truncate=False, max_new_tokens=ANSWE
         texts = model.generate([ids for ids, _ in group], max_new_tokens, meter=meter)
         for i, new in enumerate(texts, first):
             text = tokenizer.decode(new, skip_special_tokens=True)
-            line = bare(text.strip().split("\n")[0])     # what follows is often a new question
-            answers = [bare(a) for a in items[i]["continuations"]]
-            hits[i] = float(any(a and a in line for a in answers))
+            hits[i] = float(is_answer(text, items[i]))
     return from_all_ranks(hits)
+
+
+def is_answer(text, item):
+    """Whether the first line that was written holds an answer, or is JSON with an answer's keys."""
+    line = text.strip().split("\n")[0]      # what follows is often a new question
+    if item["json"]:
+        return keys_of(line) in [keys_of(a) for a in item["continuations"]]
+    return any(bare(a) and bare(a) in bare(line) for a in item["continuations"])
 
 
 def check_length(model, tokenizer, task, items, truncate):

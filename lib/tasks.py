@@ -4,8 +4,10 @@
     load_task("mine=items.jsonl")       # a local file
 
 An item: {"contexts": [str], "continuations": [str], "answer": int or None, "needs_context": bool},
-and "generate": True where the continuations are answers to search for in what the model writes.
+and "generate": True where the continuations are answers to search for in what the model writes,
+beside it "json": True where they are JSON objects, of which the answer must have the keys.
 """
+import json
 import re
 
 from lib.data import encode, from_hub, read_rows
@@ -107,8 +109,9 @@ def load_task(spec, limit=None):
     forms: {"context", "choices", "answer"}, {"contexts", "continuation", "answer"},
     {"context", "word"} (LAMBADA: one pair and no answer) and {"prompt", "answers"}. Where all
     "answers" are yes or no, prompts are a choice of these two; else questions whose generated
-    answer is searched for one of them. Of a file whose prompts have a "kind", the items of the kind
-    that the task is named by are taken. FTPError on a row of another form.
+    answer is searched for one of them, or with "json": true must be JSON of the same keys. Of a
+    file whose prompts have a "kind", the items of the kind that the task is named by are taken.
+    FTPError on a row of another form.
     """
     name, _, path = spec.partition("=")
     name = ALIASES.get(name, name)
@@ -117,7 +120,7 @@ def load_task(spec, limit=None):
     for i, row in enumerate(rows):
         form: dict = {"needs_context": (bool, None)}
         if "prompt" in row:
-            form |= {"prompt": str, "answers": [str]}
+            form |= {"prompt": str, "answers": [str], "json": (bool, None)}
         wrong = misfit(row, form, f"item {i + 1}")
         check(not wrong, f"--tasks {name}: {wrong}; see load_task in lib/tasks.py for the form")
     yes_no = all(is_yes_no(row["answers"]) for row in rows if "prompt" in row)
@@ -191,8 +194,20 @@ def prompt_item(row, yes_no, what):
         return {"contexts": [row["prompt"]] * 2, "continuations": [" yes", " no"], "answer": answer}
     check(row["answers"],
           f"{what} has no answer to compare with; leave such items out")
+    if row.get("json"):
+        check(all(keys_of(answer) for answer in row["answers"]),
+              f"{what} has an answer that is no JSON object with keys; mend it")
     return {"contexts": [row["prompt"]], "continuations": row["answers"], "answer": None,
-            "generate": True}
+            "generate": True, "json": bool(row.get("json"))}
+
+
+def keys_of(text):
+    """The keys of a text that is a JSON object, a set; None of any other text."""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return set(found) if isinstance(found, dict) else None
 
 
 def check_item(item, what):

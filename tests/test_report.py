@@ -25,6 +25,7 @@ from lib.artefacts import Schedule
 from lib.data import load_tokenizer
 from lib.files import FTPError, load_json, save_json
 from lib.stage import run
+from lib.worth import span_worth, spans_of
 from model_ftp import FTPModel
 
 NASTY = ["<s>", "<b>&amp;", ' "quoted"', " it's", "\n", "", "🙂", "{{data}}", "</script><script>throw 1</script>", "\t", " end\n\n", "x" * 80]
@@ -39,6 +40,7 @@ def made_report():
         "config": {"model": "/x/tiny&model", "commit": "abc", "date": "2026-01-01T00:00:00", "device": "a <cpu>",
                    "settings": {"prompt": "<img src=x onerror=alert(1)>", "threads": 0}, "fingerprint": {"config": "f"}},
         "tokens": NASTY, "special": [0], "kept": ["".join(row) for row in kept], "skipped": 0.25, "flops_saved": 0.27,
+        "worth": {"size": 4, "values": [0.001, 0.1, 0.01]},
         "quality": {"kl": 0.0512, "ppl_ratio": 1.043}, "speed": {"dense_ms": 200.0, "pruned_ms": 160.0, "n": 3, "bound": 1.4},
         "answers": {"dense": answer, "pruned": {"text": "The same <i>start</i>, then another.", "ids": [5, 6, 9]}},
         "schedule": {"sparsity": [0.0, 0.3, 0.3, 0.4], "block_influence": [0.6, 0.1, 0.02, 0.2]}}
@@ -122,6 +124,17 @@ def test_page_holds_the_prompt_as_it_is():
     assert "tiny&amp;model" in html and "&lt;schedule&gt;.json" in html
 
 
+def test_the_worth_of_what_was_skipped():
+    """Of spans (1,4), (4,8), (8,11) with worth 1, 100 and 10: shaded by orders of magnitude; what the skips hold of it is told."""
+    report = made_report()
+    html = page(report)
+    shades = re.findall(r'class="w" style=--a:(\d+)% title="([^"]*)"', html)
+    assert shades == [("0", "0.001 nats"), ("64", "0.1 nats"), ("32", "0.01 nats")]
+    skipped = np.array([[c == "0" for c in row] for row in report["kept"]]).mean(0)
+    lost = sum(w * skipped[a:b].mean() for w, (a, b) in zip((1, 100, 10), ((1, 4), (4, 8), (8, 11)))) / 111
+    assert f"holds <b>{100 * lost:.0f} %</b> of the worth" in html and "90 % of the worth" in html
+
+
 def test_page_needs_no_network():
     evals, benches = made_results()
     html = page(made_report(), evals, benches)
@@ -134,7 +147,9 @@ def test_sections_without_data_are_left_out():
     """With nothing measured the head tells what the report itself measured; a table comes with its file."""
     evals, benches = made_results()
     bare, full = Seen(page(made_report())), Seen(page(made_report(), evals, benches))
-    assert len(bare.headings) == 4 and len(full.headings) == 7
+    assert len(bare.headings) == 5 and len(full.headings) == 8
+    none = page(made_report() | {"worth": {"size": None, "values": []}})
+    assert "What did the answer need?" in bare.headings and len(Seen(none).headings) == 4
     assert "How good is it?" in Seen(page(made_report(), evals)).headings
     assert "How fast is it?" in Seen(page(made_report(), (), benches)).headings
     html = page(made_report())
@@ -271,6 +286,8 @@ def test_collect_tells_what_ran(routed, tmp_path, monkeypatch, capsys):
     assert report["skipped"] == pytest.approx(1 - kept.mean()) and kept[0].all() and kept[:, [0, -1]].all()
     assert report["method"] == "ftp" and 0 < report["flops_saved"] < 1 and report["quality"]["kl"] > 0 and report["speed"]["bound"] > 1
     assert len(report["schedule"]["block_influence"]) == 6
+    answer = report["answers"]["dense"]["ids"]
+    assert report["worth"]["values"] == pytest.approx(span_worth(model, prompt, answer, report["worth"]["size"]).tolist(), rel=1e-3)
 
     call(monkeypatch, "--from_json", "--out_dir", tmp_path)
     assert (tmp_path / "report.html").read_text() == html
@@ -289,7 +306,7 @@ def test_files_and_labels(routed, tmp_path, monkeypatch, capsys):
     some = ["--eval", tmp_path / "e0.json", "--eval", f"late={tmp_path}/e1.json", "--bench", tmp_path / "b0.json", "--bench", f"late={tmp_path}/b1.json"]
     call(monkeypatch, *flags(routed, tmp_path, "--longest", "200", *some))
     html = (tmp_path / "report.html").read_text()
-    assert len(Seen(html).headings) == 7 and "late keys and values" in html
+    assert len(Seen(html).headings) == 8 and "late keys and values" in html
     assert load_json(tmp_path / "report.json", "ftp-report-1", "-")["method"] == "static"
     (tmp_path / "book.txt").write_text("a text")
     call(monkeypatch, *flags(routed, tmp_path, "--prompt", "What?", "--file", tmp_path / "book.txt"))
@@ -316,6 +333,7 @@ def test_page_stays_small(tmp_path):
     many = 2000
     report = made_report() | {"tokens": [" word"] * many, "kept": ["01" * (many // 2)] * 30}
     report["schedule"] = {"sparsity": [0.3] * 30, "block_influence": [0.1] * 30}
+    report["worth"] = {"size": 42, "values": [0.01] * len(spans_of(many, 42))}
     assert len(page(report).encode()) < 250_000
 
 

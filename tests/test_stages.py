@@ -11,11 +11,14 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, make_router
+from conftest import ROOT, make_router, tokens
 
+from analysis import redundancy
 from lib import data, evaluation, scoring, tasks
 from lib.artefacts import Schedule
 from lib.checkpoint import find_model
+from lib.data import load_tokenizer
+from lib.evaluation import is_answer
 from lib.files import FTPError
 from lib.flops import Meter
 from lib.guide import Order
@@ -418,6 +421,56 @@ def test_analysis(made, workshop, tmp_path):
         assert (tmp_path / f"{name}.png").stat().st_size > 5000
     o = json.loads((tmp_path / "redundancy.json").read_text())
     assert o["tokens"] == 4 * 32 and all(0 <= v <= 1 for line in o["share_above"].values() for v in line)
+    assert [row["name"] for row in o["test"]] == ["static", "random", "high cosine skips", "low cosine skips"]
+    assert len({round(row["flops_saved"], 4) for row in o["test"]}) == 1 and o["test"][0]["kl"] > 0
+
+
+def test_tokens_skip_by_their_cosine(tiny):
+    """The least or the most changed compute, but for the ends, which always do."""
+    prompt, n_layer = tokens(41, 3), tiny.config.n_layer
+    tiny.use()
+    measured = redundancy.cosines(tiny, prompt)[1]                    # block 0 is dense: the same states before block 1
+    for keep, sign in (("changed", -1), ("unchanged", 1)):
+        model = redundancy.ByCosine.of(tiny, keep).use(Schedule([0.0, 0.5] + [0.0] * (n_layer - 2), tiny.fingerprint), "random")
+        batch = model.batch([prompt])
+        state = model.prefill_step(0, batch, model.begin(batch))
+        kept = model.prefill_step(1, batch, state).kept
+        inner = torch.zeros(41, dtype=torch.bool)
+        inner[kept.rows] = True
+        inner = inner[1:-1]
+        assert int(inner.sum()) == 21 - 2
+        assert (sign * measured[1:-1][inner]).min() >= (sign * measured[1:-1][~inner]).max()
+        assert tiny.routing.schedule is None                          # the model it was made from is as it was
+
+
+def test_copying_items_ask_for_what_the_prompt_holds(workshop, tmp_path, capsys):
+    """Once, neither at its end nor in another place; and a dense copy of a tiny model can be scored on all of them."""
+    args = "analysis/copying.py", "--model", workshop[0], "--nitems", 4, "--lengths", "400,900"
+    call(*args, "--out_dir", tmp_path)
+    call(*args, "--out_dir", tmp_path / "again")
+    tokenizer = load_tokenizer(workshop[0])
+    for path in sorted(tmp_path.glob("*.jsonl")):
+        assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes()
+        for row in map(json.loads, path.read_text().splitlines()):
+            prompt = row.get("prompt", row.get("context"))
+            assert 250 < len(tokenizer(prompt)["input_ids"]) <= int(path.stem.split("_")[1])
+            *lines, ask = [line for line in prompt.split("\n") if line]
+            if path.stem.startswith("json"):
+                assert json.loads(row["answers"][0])["name"] in ask and json.loads(lines[1])
+            else:
+                assert [line for line in lines[:-1] if line.startswith(ask)] == [ask + row["word"]] and not lines[-1].startswith(ask)
+    assert "--lengths 64" in call(*args[:-1], "64", "--out_dir", tmp_path, ok=False).stderr
+    tasks = ",".join(f"{k}_400={tmp_path / k}_400.jsonl" for k in ("repeat", "lookup", "json"))
+    call("evaluate.py", "--model", workshop[0], "--rows", "", "--tasks", tasks, "--data", workshop[1] / "alpaca.json", "--text", "", "--out_dir", tmp_path)
+    o = json.loads((tmp_path / "eval.json").read_text())["rows"][0]["tasks"]
+    assert set(o) == {"repeat_400", "lookup_400", "json_400"} and all(t["n"] == 4 for t in o.values())
+
+
+def test_a_json_answer_counts_by_its_keys():
+    item = {"json": True, "continuations": ['{"name": "Ada", "age": 3}']}
+    for text, right in (('{"age": 9, "name": "x"}\nmore', True), ('{"age": 9}', False), ('{"age": 9, "name": ', False), ("[1]", False)):
+        assert is_answer(text, item) == right
+    assert is_answer("It is the Big, Ben.", {"json": False, "continuations": ["big ben"]})
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
