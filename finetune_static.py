@@ -75,7 +75,7 @@ def get_args():
     add("--prefill", default="topk", choices=["topk", "argmax"],
         help="prompt: quota, or the router's own decision")
     add("--kv", default="drop", choices=["drop", "keep"], help="K/V of skipped tokens")
-    add("--one_pass", action="store_true", help="decide all blocks from the scores of block 0")
+    add("--one_pass", action="store_true", help="decide all blocks by the first one's scores")
     add("--forecaster", default=None,
         help="forecast of skipped tokens (fit_late_kv.py), best with --kv keep")
     add("--mismatch", action="store_true",

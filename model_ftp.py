@@ -27,7 +27,7 @@ from lib.attention import Scores, runs, scores_of_new
 from lib.batch import Batch, Kept, by_mask, of_spans
 from lib.cache import KVCache, to_device
 from lib.checkpoint import exported_routing, fingerprint, load_weights, read_config
-from lib.config import quota, rope_frequencies
+from lib.config import quota, rope_frequencies, scores_matter
 from lib.files import FTPError, tensors_id
 from lib.finite import check_finite
 from lib.inputs import check_generation, check_ids, check_input, check_place, id_lists, is_path
@@ -404,13 +404,11 @@ class FTPModel(nn.Module):
     def reads_scores(self, l):
         """Whether a later decision uses the attention scores that block l can give."""
         r = self.routing
-        if r.schedule is None or r.router in ("static", "random") or (r.one_pass and l > 0):
+        if r.schedule is None or r.router in ("static", "random"):
             return False
         if isinstance(r.router, Router) and not {"score", "rank"} & set(r.router.inputs):
             return False
-        # nobody looks at the scores of a block before which nobody decides
-        skips_later = any(0 < s < 1 for s in r.sparsity[l + 1:])
-        return skips_later and r.leader[l + 1] > l
+        return scores_matter(r.sparsity, r.leader, l, r.one_pass)
 
     # -- all blocks
 

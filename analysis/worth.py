@@ -39,7 +39,7 @@ def get_args():
     add = p.add_argument_group("what is measured").add_argument
     add("--schedule", default="out/schedule.json", help="schedule of stage 1 or 3")
     add("--router", default=None, help="router of stage 2, beside static and oracle")
-    add("--one_pass", action="store_true", help="decide all blocks from the scores of block 0")
+    add("--one_pass", action="store_true", help="decide all blocks by the first one's scores")
     add("--size", type=whole("[1, inf)"), default=8, help="tokens of a span")
     add("--data", default="bare",
         help='"self" (own answers), "bare" (without a system prompt), "text", "cloze", '

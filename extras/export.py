@@ -92,7 +92,7 @@ def get_args():
     add("--kv", default="drop", choices=list(KEYS_AND_VALUES),
         help="K/V of skipped tokens")
     add("--one_pass", action="store_true",
-        help="decide all blocks from the scores of block 0")
+        help="decide all blocks by the first one's scores")
     add("--forecaster", default=None,
         help="forecast of skipped tokens (fit_late_kv.py), best with --kv keep")
     add("--mismatch", action="store_true",
@@ -259,7 +259,7 @@ def card(model, schedule, router, routing, args):
     forecaster = routing["forecaster"]
     decisions = PREFILL[routing["prefill"]]
     if routing["one_pass"]:
-        decisions += ", all blocks at once after block 0"
+        decisions += ", all blocks by the scores of the first that decides"
     size = f"{model.config.n_layer} blocks, {model.config.parameters:,} parameters"
     facts = [
         ["model", f"{name}: {size}"],

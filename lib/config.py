@@ -246,3 +246,17 @@ def leaders(sparsity, group):
         follows = skips and l - lead[-1] < group
         lead.append(lead[-1] if follows else l)
     return lead
+
+
+def scores_matter(sparsity, leader, l, one_pass=False):
+    """Whether a decision behind block l reads the attention scores that block l gives.
+
+    sparsity, leader (n_layer,): as of lib/routing.Routing. one_pass: all blocks decide by the
+    scores that the first decision has read.
+    """
+    after = sparsity[l + 1:]
+    if not any(0 < s < 1 for s in after) or leader[l + 1] <= l:
+        return False                        # nobody decides any more, or not before the next scores
+    if after[0] <= 0:
+        return False                        # a dense block gives every token a newer one
+    return not (one_pass and any(0 < s < 1 for s in sparsity[:l + 1]))

@@ -3,7 +3,7 @@
 FLOPs count a multiplication and an addition as two; norms, rotary and activations are left out.
 All numbers are Python's, exact integers or floats of them.
 """
-from lib.config import leaders, quota
+from lib.config import leaders, quota, scores_matter
 from lib.last_block import is_lean
 
 PHASES = ("prefill", "decode")     # of prompts, and of the tokens after them
@@ -68,7 +68,7 @@ def prefill_flops(config, T, sparsity, kv="drop", router=None, window=16, head=1
             continue
         if skips and lead[l] == l:
             total += router.flops(T)
-        if router_reads(router, sparsity, lead, l):
+        if {"score", "rank"} & set(router.inputs) and scores_matter(sparsity, lead, l):
             total += score_flops(c, min(window, kept), kept)
     return total
 
@@ -79,14 +79,6 @@ def static_pairs(T, kept):
     The first token sees its own, each of the newest kept - 1 all before it.
     """
     return 1 + sum(range(T - kept + 2, T + 1))
-
-
-def router_reads(router, sparsity, lead, l):
-    """Whether a later decision of the router reads the scores of block l."""
-    if not {"score", "rank"} & set(router.inputs):
-        return False
-    skips_later = any(0 < s < 1 for s in sparsity[l + 1:])
-    return skips_later and lead[l + 1] > l
 
 
 def memory(config, batch, length, sparsity, itemsize, kv="drop"):

@@ -85,9 +85,10 @@ def make_routing(model, schedule=None, router="static", *, prefill="topk", decod
     schedule: Schedule or path. router: see Routing, not a path. prefill: "topk" (each block keeps
     its quota) or "argmax" (the router's own decision, as in the paper). decode: "dense",
     "threshold" (calibrated), or "rule" (the paper's: skip blocks with s > 0.5). kv: "drop" or
-    "keep" keys and values of skipped tokens. one_pass: decide all blocks from the scores of block
-    0. score: window W or "mean" (default: the router's). group: so many neighbouring blocks share
-    the decision of the first (default: the router's, or 1). forecaster: Forecaster or path.
+    "keep" keys and values of skipped tokens. one_pass: all blocks decide by the scores that the
+    first one to decide has. score: window W or "mean" (default: the router's). group: so many
+    neighbouring blocks share the decision of the first (default: the router's, or 1). forecaster:
+    Forecaster or path.
     mismatch: run a router under other settings than it was trained with.
     """
     if isinstance(schedule, (str, Path)):

@@ -268,6 +268,21 @@ def test_ends_are_always_kept(tiny, routed):
     assert all(bool(s.kept.mask[0] and s.kept.mask[-1]) for s in states[1:])
 
 
+def test_scores_are_read_where_a_decision_needs_them(tiny, monkeypatch):
+    """Behind dense first blocks the last of them is enough; one pass reads no others. What is not read would have changed nothing."""
+    late = Schedule([0.0, 0.0, 0.0, 0.4, 0.5, 0.4], tiny.fingerprint)
+    for one_pass, read in ((False, [2, 3, 4]), (True, [2])):
+        for router in ("attention", make_router(tiny, late)):
+            tiny.use(late, router, one_pass=one_pass)
+            assert [l for l in range(6) if tiny.reads_scores(l)] == read
+    for one_pass in (False, True):
+        tiny.use(late, "attention", one_pass=one_pass)
+        spared = tiny.prefill([tokens(40), tokens(23, 1)])
+        with monkeypatch.context() as m:
+            m.setattr("model_ftp.scores_matter", lambda s, leader, l, one: l < 3 or not one)
+            assert torch.equal(tiny.prefill([tokens(40), tokens(23, 1)]), spared)
+
+
 def test_blocks_share_a_decision(tiny, schedule):
     """In a group of blocks the first decides, by the mean of their sparsities; scores are only made where a decision comes next."""
     tiny.use(schedule, router := make_router(tiny, group=3))
