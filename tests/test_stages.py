@@ -38,6 +38,7 @@ from lib.skipped import Forecaster
 from lib.stage import run
 from lib.timing import Ours, Transformers
 from model_ftp import FTPModel, Router
+from sample import chat_ids
 
 SCRIPTS = sorted(str(p.relative_to(ROOT)) for room in (".", "extras", "analysis", "analysis/rivals") for p in (ROOT / room).glob("*.py")
                  if "def get_args()" in p.read_text())
@@ -464,6 +465,19 @@ def test_copying_items_ask_for_what_the_prompt_holds(workshop, tmp_path, capsys)
     call("evaluate.py", "--model", workshop[0], "--rows", "", "--tasks", tasks, "--data", workshop[1] / "alpaca.json", "--text", "", "--out_dir", tmp_path)
     o = json.loads((tmp_path / "eval.json").read_text())["rows"][0]["tasks"]
     assert set(o) == {"repeat_400", "lookup_400", "json_400"} and all(t["n"] == 4 for t in o.values())
+
+
+def test_without_a_system_prompt(workshop):
+    """A template's own is cut off, wherever a chat is rendered; one that is given stays."""
+    tokenizer = load_tokenizer(workshop[0])
+    tokenizer.chat_template = ("{% if messages[0]['role'] != 'system' %}[be good]{% endif %}"
+                               "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}")
+    text = lambda ids: tokenizer.decode(ids)
+    assert text(data.render(tokenizer, "hi", "there")) == "[be good]<user>hi\n\nthere<assistant>"
+    assert text(data.render(tokenizer, "hi", "there", bare=True)) == "<user>hi\n\nthere<assistant>"
+    turns = [("user", "hi"), ("assistant", "yes"), ("user", "so")]
+    for system, head in ((None, "[be good]"), ("", ""), ("be bad", "<system>be bad")):
+        assert text(chat_ids(tokenizer, turns, system)) == head + "<user>hi<assistant>yes<user>so<assistant>"
 
 
 def test_a_json_answer_counts_by_its_keys():
