@@ -23,6 +23,7 @@ from lib.stage import Parser, run, saved
 
 LEVELS = (0.22, 0.30, 0.40)
 TASKS = ("arc_easy", "arc_challenge", "hellaswag", "piqa", "openbookqa", "lambada_openai")
+WRITTEN = "artifacts/written/b03b55f8e6a6-text-seed0-320.jsonl"   # what the first model wrote
 TUNE = {0.22: 300, 0.30: 400, 0.40: 500}        # steps of late keys and values
 
 
@@ -34,6 +35,8 @@ def get_args():
     add("--wikitext", default="Salesforce/wikitext:wikitext-2-raw-v1:validation",
         help="WikiText-2 raw, validation: a .txt file or a datasets id")
     add("--tasks", default=None, help="folder of NAME.jsonl files of the tasks, instead of the hub")
+    add("--calibration", default=WRITTEN,
+        help="text that the second model is pruned on, .txt or .jsonl")
     add("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"],
         help="of all steps; auto: bfloat16 where the device computes in it, else float32")
     add("--out_dir", default="out/reproduce", help="folder of all that is made")
@@ -103,7 +106,45 @@ def steps(args):
         "--out_dir", f"{out}/ablations", *dtype)
     add("sweep", "analysis/sweep.py", "--nfit", 100, "--nsearch", 4, "--nwindows", 50,
         "--out_dir", out, *dtype)
+
+    second_model(args, add, quality)
     return made
+
+
+def second_model(args, add, quality):
+    """Steps of Qwen2.5-Coder-1.5B, ten times larger: budgets that 2 cores can bear."""
+    out, model = f"{args.out_dir}/qwen-0.30", ["--model", "qwen2.5-coder-1.5b"]
+    text = ["--data", args.calibration, "--max_prompt", 256, "--max_response", 64]
+    stage = [*model, *text, "--nwatch", 12, "--out_dir", out, "--resume"]
+    schedule = ["--schedule", f"{out}/schedule.json"]
+    router = ["--router", f"{out}/router.safetensors"]
+    part = "qwen-0.30"
+
+    add(part, "prepare.py", *model, "--fetch_only")
+    add(part, "search_scheduler.py", "--flops_saved", 0.30, "--nsamples", 12, "--evaluations", 40,
+        "--population", 8, "--patience", 3, "--max_states", 300, *stage)
+    add(part, "train_router.py", *schedule, "--nsamples", 40, "--guide_evals", 20,
+        "--guide_samples", 8, "--steps", 16, "--eval_every", 8, "--calibration_samples", 4, *stage)
+    add(part, "finetune_static.py", *schedule, *router, "--nsamples", 8, "--evaluations", 12,
+        "--population", 5, "--elite", 2, "--max_states", 200, "--calibration_samples", 4, *stage)
+    add(part, "search_scheduler.py", *model, *text, "--method", "late", "--flops_saved", 0.30,
+        "--kv", "keep", "--nsamples", 12, "--nwatch", 2, "--out_dir", f"{out}/late")
+    late = ["--schedule", f"{out}/late/schedule.json", "--kv", "keep",
+            "--forecaster", f"{out}/late/forecaster.safetensors"]
+    add(part, "fit_late_kv.py", *model, *text, "--nwatch", 12, "--only_kv", "--keys", 0.5,
+        "--schedule", f"{out}/late/schedule.json", "--nsamples", 64, "--tune", 190,
+        "--tune_samples", 260, "--eval_every", 20, "--out_dir", f"{out}/late", "--resume")
+
+    # quality and speed of both
+    ftp = ["--schedule", f"{out}/schedule_ft.json", *router]
+    for found, rows, folder in ((ftp, "uniform,static,ftp", out),
+                                (late, "static", f"{out}/late")):
+        add(part, "evaluate.py", *model, *found, "--rows", rows, "--data", args.calibration,
+            "--resume", "--out_dir", folder, *quality)
+        add(part, "benchmark.py", *model, *found, "--lengths", "256,1024,2048", "--n_decode", 0,
+            "--rounds", 3, "--out_dir", folder)
+    add(part, "analysis/redundancy.py", *model, "--text", args.wikitext, "--nsamples", 500,
+        "--seqlen", 128, "--ntest", 16, "--out_dir", out)
 
 
 def main():
