@@ -196,7 +196,7 @@ def use_pruned(model, args):
     elif model.routing.schedule is not None:              # a folder that brings its own routing
         what = args.model
     else:
-        model.use(**shipped(args.pruned))
+        model.use(**shipped(args.pruned, args.model))
         what = args.pruned
     mean = 100 * model.routing.schedule.mean
     print(f"pruned: {what}, {mean:.1f} % of tokens skip a block on average, router "

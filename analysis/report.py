@@ -157,7 +157,7 @@ def use_pruned(args, model):
     if model.routing.schedule is not None and not args.pruned:
         return model.name
     name = args.pruned or "late-0.30"
-    model.use(**shipped(name))
+    model.use(**shipped(name, args.model))
     return name
 
 

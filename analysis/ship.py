@@ -1,12 +1,12 @@
-"""Put artefacts of the embedded model under a name that --pruned takes, with their quality.
+"""Put artefacts of a real model under a name that --pruned takes, with their quality.
 
     python analysis/ship.py ftp-0.30 --schedule out/schedule_ft.json \\
         --router out/router.safetensors --eval out/eval.json --row ftp
     python analysis/ship.py late-0.30 --schedule out/kv/schedule.json --kv keep \\
         --forecaster out/kv/forecaster.safetensors --eval out/kv/eval.json --row static
 
-In: artefacts, and the eval.json that measured them. Out: artifacts/smollm2/NAME/ with its
-shipped.json. Maps of late keys and values are stored in bfloat16.
+In: artefacts, and the eval.json that measured them. Out: artifacts/MODEL/NAME/, MODEL as
+the eval.json says, with its shipped.json. Maps of late keys and values are stored in bfloat16.
 """
 import sys
 from pathlib import Path
@@ -17,7 +17,7 @@ import torch
 
 from lib.artefacts import Schedule
 from lib.files import check, load_json, save_json
-from lib.shipped import FOLDER
+from lib.shipped import ARTIFACTS
 from lib.skipped import Forecaster
 from lib.stage import Parser, commit, run
 from model_ftp import Router
@@ -44,7 +44,8 @@ def main():
     evaluated = load_json(args.eval, "ftp-eval-1", "--eval")
     rows = {row["name"]: row for row in evaluated["rows"]}
     check(args.row in rows, f"--row {args.row}: not in {args.eval}; choose from {', '.join(rows)}")
-    row, folder = rows[args.row], FOLDER / args.name
+    row, model = rows[args.row], Path(evaluated["config"]["model"]).name
+    folder = ARTIFACTS / model / args.name
 
     # the artefacts, by the names that shipped.json tells
     Schedule.load(args.schedule).save(folder / "schedule.json")

@@ -33,7 +33,7 @@ from lib.search import (
     repair,
     starts,
 )
-from lib.shipped import card, pruned
+from lib.shipped import card, names, pruned, shipped
 from lib.skipped import Forecaster
 from lib.stage import run
 from lib.timing import Ours, Transformers
@@ -467,6 +467,20 @@ def test_copying_items_ask_for_what_the_prompt_holds(workshop, tmp_path, capsys)
     assert set(o) == {"repeat_400", "lookup_400", "json_400"} and all(t["n"] == 4 for t in o.values())
 
 
+def test_what_is_shipped_goes_by_the_model(tmp_path, monkeypatch):
+    """Its own folder where there is one, else the embedded model's, whose fingerprint then decides."""
+    monkeypatch.setattr("lib.shipped.ARTIFACTS", tmp_path)
+    for model, name in (("smollm2", "ftp-0.30"), ("big", "ftp-0.30"), ("big", "late-0.30")):
+        (tmp_path / model / name).mkdir(parents=True)
+        (tmp_path / model / name / "shipped.json").write_text(json.dumps({
+            "format": "ftp-shipped-1", "use": {"schedule": "s.json", "router": "static", "kv": "drop"}, "command": "c", "commit": "d",
+            "measured": {"kl": 0.1, "kl_items": [0.1], "flops_saved": 0.3}}))
+    assert names() == ["ftp-0.30"] and names("/models/big") == ["ftp-0.30", "late-0.30"] and names("other") == names()
+    assert shipped("late-0.30", "big")["schedule"] == tmp_path / "big" / "late-0.30" / "s.json"
+    with pytest.raises(FTPError, match="nothing of that name is shipped for smollm2; choose from ftp-0.30"):
+        shipped("late-0.30")
+
+
 def test_without_a_system_prompt(workshop):
     """A template's own is cut off, wherever a chat is rendered; one that is given stays."""
     tokenizer = load_tokenizer(workshop[0])
@@ -616,8 +630,8 @@ def test_embedded_model(tmp_path):
             states, _ = scoring.response_states(model, held_out)
         kl = scoring.by_sample(scoring.response_kl(model, teacher, states), owner)
         assert kl.tolist() == pytest.approx(card(name)["measured"]["kl_items"][:6], rel=0.05, abs=0.002)
-    shipped = ROOT / "artifacts" / "smollm2" / "late-0.30"
-    call("extras/export.py", "--schedule", shipped / "schedule.json", "--router", "static", "--kv", "keep", "--forecaster", shipped / "forecaster.safetensors",
+    late = ROOT / "artifacts" / "smollm2" / "late-0.30"
+    call("extras/export.py", "--schedule", late / "schedule.json", "--router", "static", "--kv", "keep", "--forecaster", late / "forecaster.safetensors",
          "--out_dir", tmp_path / "export", "--dtype", "float32")
     auto = AutoModelForCausalLM.from_pretrained(tmp_path / "export", trust_remote_code=True)
     texts = tok([r["instruction"] for r in rows[:3]], return_tensors="pt", padding=True, padding_side="left")
