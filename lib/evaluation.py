@@ -157,7 +157,7 @@ def generated_hits(model, tokenizer, items, truncate=False, max_new_tokens=ANSWE
 def is_answer(text, item):
     """Whether the first line that was written holds an answer, or is JSON with an answer's keys."""
     line = text.strip().split("\n")[0]      # what follows is often a new question
-    if item["json"]:
+    if item.get("json"):
         return keys_of(line) in [keys_of(a) for a in item["continuations"]]
     return any(bare(a) and bare(a) in bare(line) for a in item["continuations"])
 
