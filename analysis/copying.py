@@ -79,25 +79,26 @@ KINDS = {"repeat": repeat_lines, "lookup": lookup_lines, "json": json_lines}
 
 def make_item(kind, length, tokenizer, rng):
     """An item in a form of load_task() (lib/tasks.py), its prompt of at most `length` tokens."""
-    lines, ask, answers, room = [], "", {}, length
+    lines, room = {}, length
     for head, tail in KINDS[kind](rng):
-        if head in answers:                     # a key twice would have two answers
+        if head in lines:                       # a key twice would have two answers
             continue
         size = len(tokenizer(f"{head}{tail}\n", add_special_tokens=False)["input_ids"])
         longest = size if kind == "json" else 2 * size      # the line, and what asks for it
         if longest > room:
             break
-        lines.append((head, tail))
-        answers[head], room = tail, room - size
+        lines[head], room = tail, room - size
     check(len(lines) > 1, f"--lengths {length}: no room for two {kind} lines; raise it")
     if kind == "json":
-        ask = lines.pop()[0]
-    else:
-        ask = rng.choice(lines[:-1])[0]         # the last one would be no search
-    prompt = "".join(f"{head}{tail}\n" for head, tail in lines) + ask
-    if kind == "json":
-        return {"prompt": prompt, "answers": [answers[ask]], "json": True}
-    return {"context": prompt, "word": answers[ask]}
+        ask, answer = lines.popitem()
+        return {"prompt": text_of(lines) + ask, "answers": [answer], "json": True}
+    ask = rng.choice(list(lines)[:-1])          # the last one would be no search
+    return {"context": text_of(lines) + ask, "word": lines[ask]}
+
+
+def text_of(lines):
+    """The text of lines {head: tail}."""
+    return "".join(f"{head}{tail}\n" for head, tail in lines.items())
 
 
 def main():

@@ -17,13 +17,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 import torch.nn.functional as F
 
+from analysis.rivals.removal import PartModel
 from analysis.style import label_lines, plt, save, settle
 from analysis.worth import measure, print_gains
 from lib.artefacts import Schedule
 from lib.data import load_samples, load_text, load_tokenizer, windows
-from lib.files import save_json
+from lib.files import check, save_json
 from lib.stage import Parser, number, numbers, progress, run, start, whole
-from model_ftp import FTPModel
 
 SCORED = 64     # tokens at most that follow a prompt, of a sequence of --text
 
@@ -84,19 +84,13 @@ def cosines(model, ids):
     return torch.stack(found)
 
 
-class ByCosine(FTPModel):
-    """FTPModel that asks each block what it would do to each token, and chooses by that.
+class ByCosine(PartModel):
+    """The model with a choice by what each block would do to each token: ByCosine.of(model).
 
     keep "changed": the tokens of high cosine skip, the paper's argument; "unchanged": those of low.
     It saves nothing, as it runs all of what it then skips.
     """
-    @classmethod
-    def of(cls, model, keep):
-        """A loaded FTPModel as one of this class: the same weights, a routing of its own."""
-        made = cls.__new__(cls)
-        made.__dict__.update(vars(model))
-        made.keep = keep
-        return made
+    keep = "changed"
 
     def margins(self, l, batch, state):
         """Cosine of input and output, (N,) float32, below zero where the changed are kept."""
@@ -109,8 +103,10 @@ def test(model, samples, sparsity):
     """A row each way of choosing: KL of what follows the prompts, FLOPs saved."""
     schedule = Schedule.uniform(model, sparsity)
     rows = measure(model, samples, schedule, {"static": ("static", {}), "random": ("random", {})})
+    chosen = ByCosine.of(model)
     for keep, name in (("changed", "high cosine skips"), ("unchanged", "low cosine skips")):
-        rows += measure(ByCosine.of(model, keep), samples, schedule, {name: ("random", {})})
+        chosen.keep = keep
+        rows += measure(chosen, samples, schedule, {name: ("random", {})})
     print_gains(rows)
     return rows
 
@@ -143,6 +139,8 @@ def draw(path, heat, share, thresholds, said):
 
 def main():
     args = get_args()
+    check(not (args.device_map and args.ntest),
+          "--device_map: the test by cosine runs on one device; add --ntest 0, or leave it out")
     model, config = start(args)
     model.use()   # dense, also where the folder brings a routing
     seqs = sequences(args, model, load_tokenizer(args.model))

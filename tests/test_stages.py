@@ -418,6 +418,9 @@ def test_analysis(made, workshop, tmp_path):
     call("analysis/redundancy.py", *a, "--text", workshop[1] / "book.txt", "--nsamples", 4, "--seqlen", 32)
     call("analysis/schedules.py", made / "schedule.json", made / "schedule_ft.json", "--out_dir", tmp_path)
     call("analysis/skips.py", *a, "--schedule", made / "schedule_ft.json", "--router", made / "router.safetensors", "--prompt", "the cat sat")
+    split = "cpu=0-5"
+    assert "--ntest 0" in call("analysis/redundancy.py", *a, "--device_map", split, ok=False).stderr
+    call("analysis/redundancy.py", *a, "--text", workshop[1] / "book.txt", "--nsamples", 2, "--seqlen", 32, "--device_map", split, "--ntest", 0, "--out_dir", tmp_path / "split")
     for name in ("redundancy", "schedules", "skips"):
         assert (tmp_path / f"{name}.png").stat().st_size > 5000
     o = json.loads((tmp_path / "redundancy.json").read_text())
@@ -432,7 +435,9 @@ def test_tokens_skip_by_their_cosine(tiny):
     tiny.use()
     measured = redundancy.cosines(tiny, prompt)[1]                    # block 0 is dense: the same states before block 1
     for keep, sign in (("changed", -1), ("unchanged", 1)):
-        model = redundancy.ByCosine.of(tiny, keep).use(Schedule([0.0, 0.5] + [0.0] * (n_layer - 2), tiny.fingerprint), "random")
+        model = redundancy.ByCosine.of(tiny)
+        model.keep = keep
+        model.use(Schedule([0.0, 0.5] + [0.0] * (n_layer - 2), tiny.fingerprint), "random")
         batch = model.batch([prompt])
         state = model.prefill_step(0, batch, model.begin(batch))
         kept = model.prefill_step(1, batch, state).kept
