@@ -207,7 +207,7 @@ def use_row(model, name, how, args, tokenizer=None):
     which, router, decode = ROWS[name]
     schedule = how["schedule"]
     if which == "uniform":
-        schedule = Schedule.uniform(model, schedule.mean)
+        schedule = Schedule.uniform(model, schedule.mean, schedule.first)
     if router == "given":
         router = how["router"]
     if decode == "given":

@@ -157,8 +157,9 @@ def main():
 
     # search; another schedule or router makes another search
     convert = partial(with_last, last)
-    fitness = Fitness(model, fit, router, max_states=args.max_states, convert=convert, **routing)
-    watch = Fitness(model, watched, router, max_states=0, convert=convert, spread=True, **routing)
+    how = {"router": router, "convert": convert, "first": schedule.first, **routing}
+    fitness = Fitness(model, fit, max_states=args.max_states, **how)
+    watch = Fitness(model, watched, max_states=0, spread=True, **how)
     settings = resume_key(args, model, routing, fit, watched)
     settings |= {"schedule_id": schedule.id, "router_id": router.id}
     state_path = Path(args.out_dir) / "finetune_state.json"

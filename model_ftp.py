@@ -24,7 +24,7 @@ import torch.nn.functional as F
 
 from lib.artefacts import FACTORS, INPUTS, KINDS, read_router, write_router
 from lib.attention import Scores, runs, scores_of_new
-from lib.batch import Batch, Kept, by_mask, of_spans
+from lib.batch import Batch, Kept, always, by_mask, first_of, of_spans
 from lib.cache import KVCache, to_device
 from lib.checkpoint import exported_routing, fingerprint, load_weights, read_config
 from lib.config import quota, rope_frequencies, scores_matter
@@ -39,25 +39,26 @@ NEAR = 64    # within so many tokens the router tells distances to the prompt's 
 # who computes
 
 
-def newest(batch, s):
+def newest(batch, s, first=1):
     """The static router: each prompt keeps {x_0, x_T-1, x_T-2, ...} up to its quota -> Kept."""
     counts = np.array([quota(n, s) for n in batch.lengths.tolist()])
     rows = []
     for start, n, k in zip(batch.start, batch.lengths, counts):
-        rows += [[start], np.arange(start + n - k + 1, start + n)]
+        first_k = first_of(k, first)                            # x_0 alone in the paper
+        rows += [np.arange(start, start + first_k), np.arange(start + n - k + first_k, start + n)]
     # by lengths alone, on the host: no device is asked
     return Kept(batch, to_device(np.concatenate(rows), batch.seq.device), counts)
 
 
-def choose(margin, batch, s, rule="topk"):
-    """Who computes, by the router's margin (N,): first and last token of a prompt always -> Kept.
+def choose(margin, batch, s, must, rule="topk"):
+    """Who computes, by the router's margin (N,) -> Kept. must (N,): who does anyway, see always().
 
     topk: each prompt keeps the quota(T, s) tokens of the largest margin. argmax (the paper's): the
     tokens whose logit of compute is the larger one, as many as there are.
     """
     if rule == "argmax":
-        return by_mask((margin > 0) | batch.ends, batch, margin)
-    wanted, mask, start = margin.detach().masked_fill(batch.ends, torch.inf), batch.ends.clone(), 0
+        return by_mask((margin > 0) | must, batch, margin, ~must)
+    wanted, mask, start = margin.detach().masked_fill(must, torch.inf), must.clone(), 0
     for b, (n,) in runs(batch.lengths.tolist()):
         these = slice(start, start + b * n)                     # b prompts of n tokens, one topk
         best = wanted[these].view(b, n).topk(quota(n, s), 1, sorted=False).indices
@@ -65,7 +66,7 @@ def choose(margin, batch, s, rule="topk"):
         start = these.stop
     counts = np.array([quota(n, s) for n in batch.lengths.tolist()])
     rows = torch.nonzero_static(mask, size=int(counts.sum()))[:, 0]    # no wait for the device
-    return Kept(batch, rows, counts, margin)
+    return Kept(batch, rows, counts, margin, ~must)
 
 
 class Router(nn.Module):
@@ -346,9 +347,9 @@ class FTPModel(nn.Module):
         if r.leader[l] < l:                                     # a group shares its first decision
             return state.kept, state
         if r.router == "static":
-            return newest(batch, s), state
+            return newest(batch, s, r.first), state
         margin, state = self.margins(l, batch, state)
-        return choose(margin + noise, batch, s, r.prefill), state
+        return choose(margin + noise, batch, s, always(batch, s, r.first), r.prefill), state
 
     def margins(self, l, batch, state):
         """The router's preference for computing block l, (N,) float32; State with fresh scores."""

@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 import torch
 
+from lib.artefacts import FIRST
 from lib.data import load_tokenizer
 from lib.files import check
 from lib.flops import Meter
@@ -65,6 +66,8 @@ def get_args():
              "--from_block on, or the last blocks alone")
     add("--from_block", type=whole("[1, inf)"), default=8, help="first to skip, --method from")
     add("--max_sparsity", type=number("(0, 1)"), default=0.99, help="largest sparsity of a block")
+    add("--first", type=whole("[1, inf)"), default=FIRST,
+        help="first tokens of a prompt that always compute, as attention sinks lie there; paper: 1")
 
     add = p.add_argument_group("data").add_argument
     add("--data", default="self", help='"self" (own answers), "text" (own texts), .json/.jsonl, '
@@ -225,7 +228,7 @@ def main():
 
     # how candidates run, and what a thousandth of a block means
     forecaster = Forecaster.load(args.forecaster) if args.forecaster else None
-    routing = {"kv": args.kv, "forecaster": forecaster}
+    routing = {"kv": args.kv, "forecaster": forecaster, "first": args.first}
     if args.flops_saved is not None:
         budget = flops_budget(args, model.config, fit, routing)
     total, top, _, convert = budget

@@ -241,7 +241,7 @@ def sparsity_loss(decisions, hinge):
     """
     asked, counts = [], []
     for d in decisions:
-        margin = d.margin[~d.batch.ends]                   # (free tokens of this rank's prompts,)
+        margin = d.margin[d.free]                          # (free tokens of this rank's prompts,)
         soft = torch.sigmoid(-margin)                      # probability of a skip
         hard = (margin <= 0).float()
         skipped = (hard + soft - soft.detach()).sum()
@@ -258,8 +258,8 @@ def guide_loss(decisions, guide):
     """L_g: cross-entropy of the router's decisions with the guide's, a mean as in L_s."""
     sums = []
     for d in decisions:
-        margin = d.margin[~d.batch.ends]
-        target = targets_of(guide, d.batch, d.scores, d.s)    # from the scores that the router saw
+        margin = d.margin[d.free]
+        target = targets_of(guide, d.batch, d.scores, d.s, d.free)    # from scores it saw
         entropy = F.binary_cross_entropy_with_logits(margin, target, reduction="sum")
         sums.append(torch.stack((entropy, entropy.new_tensor(len(margin)))))
     entropy, n = total(together(sums)).unbind(1)

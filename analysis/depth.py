@@ -23,7 +23,7 @@ from torch import nn
 
 from analysis.style import plt, save
 from analysis.worth import measure, print_gains
-from lib.artefacts import Schedule
+from lib.artefacts import FIRST, Schedule
 from lib.attention import received, relative_score
 from lib.data import load_samples, load_tokenizer
 from lib.files import save_json
@@ -205,7 +205,7 @@ def main():
               f"variance of {len(y_held)} spans' log worth explained", flush=True)
 
     # what such an order would do to the answer, if it were known before block 1
-    schedule = Schedule.uniform(model, args.sparsity)
+    schedule = Schedule.uniform(model, args.sparsity, FIRST)
     routers = {"static": ("static", {}), "position": (orders[0], {}), "1 block": (orders[1], {}),
                "all blocks": (orders[n_layer], {}), "oracle": (oracle, {})}
     table = measure(model, held, schedule, routers)

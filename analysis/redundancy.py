@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from analysis.rivals.removal import PartModel
 from analysis.style import label_lines, plt, save, settle
 from analysis.worth import measure, print_gains
-from lib.artefacts import Schedule
+from lib.artefacts import FIRST, Schedule
 from lib.data import load_samples, load_text, load_tokenizer, windows
 from lib.files import check, save_json
 from lib.stage import Parser, number, numbers, progress, run, start, whole
@@ -101,7 +101,7 @@ class ByCosine(PartModel):
 
 def test(model, samples, sparsity):
     """A row each way of choosing: KL of what follows the prompts, FLOPs saved."""
-    schedule = Schedule.uniform(model, sparsity)
+    schedule = Schedule.uniform(model, sparsity, FIRST)
     rows = measure(model, samples, schedule, {"static": ("static", {}), "random": ("random", {})})
     chosen = ByCosine.of(model)
     for keep, name in (("changed", "high cosine skips"), ("unchanged", "low cosine skips")):

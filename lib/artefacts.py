@@ -28,6 +28,7 @@ INPUTS = {                    # numbers each enters with; "hidden" enters with h
 KINDS = ("global", "local", "recurrent")       # of a router
 SELECTIONS = ("static", "random", "attention")  # routers that need no training
 PARTS = ("both", "attention", "mlp")           # what a schedule can leave of a block
+FIRST = 8    # a model without a start token puts its attention sink on any of the first tokens
 
 # ------------------------------------------------------------------------------------------------
 # the schedule
@@ -40,6 +41,7 @@ SCHEDULE_FORM = {
     "router_id": (str, None),
     "meta": (dict, None),
     "parts": ([str], None),
+    "first": (int, None),
 }
 
 
@@ -50,7 +52,8 @@ class Schedule:
     1 removes the block; block 0 is 0 (or 1). decode_threshold, if any, holds the router margin
     below which a decoded token skips block l; it is only valid with the router whose id it
     carries. parts, if any, says of each block what is left of it: "both" sub-blocks, "attention"
-    or "mlp". FTPError on anything else.
+    or "mlp". first: so many first tokens of a prompt always compute (paper: 1), as
+    far as they are half of what a block keeps. FTPError on anything else.
     """
     sparsity: list
     fingerprint: dict                      # of the model it was made for
@@ -58,6 +61,7 @@ class Schedule:
     router_id: str | None = None
     meta: dict = field(default_factory=dict)
     parts: list | None = None
+    first: int = 1
 
     def __post_init__(self):
         s, mend = self.sparsity, "make the schedule again"
@@ -74,6 +78,8 @@ class Schedule:
         check(known and (p is None or len(p) == len(s)),
               f'--schedule: parts must hold "both", "attention" or "mlp" for each block; {mend}')
 
+        check(self.first >= 1, f'--schedule: "first" is {self.first}, must be at least 1; {mend}')
+
     @property
     def mean(self):
         return sum(self.sparsity) / len(self.sparsity)
@@ -82,7 +88,8 @@ class Schedule:
     def id(self):
         """12 hex digits, by which thresholds know their schedule."""
         values = [round(v, 6) for v in self.sparsity]
-        text = json.dumps(values + (self.parts or []))
+        first = [] if self.first == 1 else [f"first {self.first}"]
+        text = json.dumps(values + (self.parts or []) + first)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
     @property
@@ -105,21 +112,22 @@ class Schedule:
         return replace(self, sparsity=[fmean(shared[l]) for l in lead])
 
     @classmethod
-    def uniform(cls, model, sparsity):
+    def uniform(cls, model, sparsity, first=1):
         """The same sparsity in every block but the first, with mean `sparsity`."""
         n = model.config.n_layer
         check(not misfit(sparsity, float), f"--sparsity {sparsity}: give a number")
         s = sparsity * n / (n - 1)
         check(0 <= s < 1, f"--sparsity {sparsity}: out of range for a uniform schedule; "
                           f"give 0 <= S < {(n - 1) / n:.3f}")
-        return cls([0.0] + [s] * (n - 1), model.fingerprint)
+        return cls([0.0] + [s] * (n - 1), model.fingerprint, first=first)
 
     @classmethod
     def load(cls, path):
         """Read a schedule's JSON; FTPError on what is no schedule."""
         stored = load_json(path, SCHEDULE, "--schedule", SCHEDULE_FORM)
         fields = {name: stored.get(name) for name in SCHEDULE_FORM}
-        return cls(**fields | {"meta": stored.get("meta") or {}})
+        first = 1 if fields["first"] is None else fields["first"]
+        return cls(**fields | {"meta": stored.get("meta") or {}, "first": first})
 
     def save(self, path):
         """Write it as JSON that people can read and change."""

@@ -5,6 +5,7 @@ import numpy as np
 import torch
 
 from lib.cache import to_device
+from lib.config import quota
 
 MULTIPLE = 8     # CPU kernels are made anew for each number of rows: a prompt of a length not met
                  # before took 479 ms, a repeated one 451; in multiples of eight 412 and 422
@@ -15,8 +16,8 @@ class Batch:
 
     lengths, start, past, rows (B,): host arrays. past: tokens that came before; rows: cache rows.
     seq, local, pos, size (N,): of each token its sequence, its place in it, its position, and the
-    length of its sequence. ends (N,): first and last tokens of their sequences; last (B,): rows of
-    the latter. last_only: of prompts, that nobody reads the last block's output of other rows.
+    length of its sequence. last (B,): rows of the sequences' last tokens. last_only: of prompts,
+    that nobody reads the last block's output of other rows.
     """
     def __init__(self, seqs, rope, past=None, rows=None, last_only=False):
         device, self.last_only = rope.device, last_only
@@ -32,7 +33,6 @@ class Batch:
         self.seq, self.local, self.size = to(seq), to(local), to(lengths[seq])
         self.pos = to(local + self.past[seq])
         self.every = torch.arange(len(seq), device=device)
-        self.ends = (self.local == 0) | (self.local == self.size - 1)
         self.last = to(self.start + lengths - 1)
         self.whole_rope = rope
         self.rope = rope.index_select(1, self.pos)              # (2, N, head_dim): cos and sin
@@ -49,10 +49,12 @@ class Kept:
     """The tokens of a batch that compute a block.
 
     rows (M,): ascending, None for all. counts (B,): how many of each sequence, a host array.
-    padded: rows up to a multiple, see MULTIPLE. margin (N,): what they were chosen by, if anything.
+    padded: rows up to a multiple, see MULTIPLE. margin (N,): what they were chosen by, if anything;
+    free (N,): the tokens that it decides about, as the others compute anyway.
     """
-    def __init__(self, batch, rows, counts, margin=None):
-        self.batch, self.rows, self.counts, self.margin = batch, rows, counts, margin
+    def __init__(self, batch, rows, counts, margin=None, free=None):
+        self.batch, self.rows, self.counts = batch, rows, counts
+        self.margin, self.free = margin, free
         self.n = int(counts.sum())
         self.padded, self.rope = rows, batch.rope
         if rows is not None:
@@ -63,7 +65,7 @@ class Kept:
     @property
     def mask(self):
         """The same as booleans, (N,)."""
-        mask = torch.zeros_like(self.batch.ends)
+        mask = torch.zeros_like(self.batch.every, dtype=torch.bool)
         return ~mask if self.rows is None else mask.index_fill(0, self.rows, True)
 
     @property
@@ -90,8 +92,23 @@ def of_spans(values, batch, size):
     return (total / count)[span] + 1e-5 * (batch.local % size)
 
 
-def by_mask(mask, batch, margin):
+def first_of(kept, first):
+    """How many first tokens of a prompt compute anyway, where a block keeps `kept` of them."""
+    return max(1, min(first, kept // 2))
+
+
+def always(batch, s, first):
+    """The tokens of prompts that compute a block of sparsity s whoever decides, (N,): see Schedule.
+
+    The first ones, where attention sinks lie, and the last, which the answer follows.
+    """
+    room = np.array([first_of(quota(n, s), first) for n in batch.lengths.tolist()])
+    room = to_device(room, batch.seq.device)
+    return (batch.local < room[batch.seq]) | (batch.local == batch.size - 1)
+
+
+def by_mask(mask, batch, margin, free=None):
     """Kept of a mask (N,) whose numbers the device alone knows."""
     counts = torch.zeros(len(batch.lengths), device=mask.device)
     counts = counts.index_add(0, batch.seq, mask.float()).long().cpu().numpy()
-    return Kept(batch, mask.nonzero()[:, 0], counts, margin)
+    return Kept(batch, mask.nonzero()[:, 0], counts, margin, free)

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from lib.batch import always
 from lib.calibration import decides
 from lib.files import check, load_json
 from lib.stage import bar
@@ -109,13 +110,13 @@ class Order:
         return asdict(self)
 
 
-def targets_of(guide, batch, scores, s):
-    """A guide's decisions for the free tokens of prompts (not kept anyway): 1 compute, 0 skip.
+def targets_of(guide, batch, scores, s, free):
+    """A guide's decisions for the free tokens (N,) of prompts: 1 compute, 0 skip.
 
     guide: an Order, or anything else that values tokens, like lib/worth.Oracle.
     """
-    kept = choose(guide(batch, scores, s), batch, s)
-    return kept.mask[~batch.ends].float()
+    kept = choose(guide(batch, scores, s), batch, s, ~free)
+    return kept.mask[free].float()
 
 
 def simple_curves():
@@ -155,7 +156,7 @@ def decisions_of(model, router, samples, wanted=None):
 
     samples: [(prompt ids, response ids)]. -> [(block, factors (n, n_inputs), the guide's decisions
     (n,): 1 compute, 0 skip)] of the free tokens, on the model's device. One run of the LLM.
-    wanted: function (batch, scores, s) -> (N,), to be learned instead of the decisions.
+    wanted: function (batch, scores, s, free) -> (n,), to be learned instead of the decisions.
     """
     batch = model.batch([prompt for prompt, _ in samples])
     state, found = model.begin(batch), []
@@ -166,10 +167,12 @@ def decisions_of(model, router, samples, wanted=None):
             if "forecast" in router.inputs:
                 forecast = model.routing.skipped.reach(l, state.x)
             factors = router.factors(kept.batch, state, s, forecast)
-            free = ~kept.batch.ends
-            target = kept.mask.float() if wanted is None else wanted(kept.batch, state.scores, s)
-            seen, target = factors[free], target[free]
-            found.append((l, seen.to(model.device), target.to(model.device)))
+            free = ~always(kept.batch, s, model.routing.first)
+            if wanted is None:
+                target = kept.mask[free].float()
+            else:
+                target = wanted(kept.batch, state.scores, s, free)
+            found.append((l, factors[free].to(model.device), target.to(model.device)))
         state = model.prefill_step(l, batch, state)
     return found
 

@@ -20,9 +20,10 @@ KEEPS_ENDS_ALONE = 1e4      # stands for the threshold of a prompt that keeps no
 @dataclass(frozen=True)
 class Decision:
     """What a router decided about a batch: s of the block, margin (N,) without noise and with
-    gradient, and the batch and scores that it saw."""
+    gradient, free (N,): about whom; and the batch and scores that it saw."""
     s: float
     margin: torch.Tensor
+    free: torch.Tensor
     batch: object
     scores: object
 
@@ -53,9 +54,9 @@ def prefill_step(model, l, batch, state, noise=0.0):
     gate, decided = gates(kept), []
     if kept.margin is not None and 0 < s:
         if r.learned:
-            gate = straight_through(kept, least_kept(kept), ~batch.ends)
+            gate = straight_through(kept, least_kept(kept), kept.free)
         if r.leader[l] == l and r.learned:
-            decided = [Decision(s, kept.margin - noise, batch, state.scores)]
+            decided = [Decision(s, kept.margin - noise, kept.free, batch, state.scores)]
     x, held, q, k = masked(model, l, state.x, kept, gate, batch)
     scores = state.scores
     if model.reads_scores(l):
@@ -74,9 +75,10 @@ def extend_step(model, l, batch, state, held, noise=0.0):
         return replace(state, kept=kept), []
     gate, decided = gates(kept), []
     if kept.margin is not None and r.learned and 0 < s:
-        gate = straight_through(kept, r.thresholds[r.leader[l]], torch.ones_like(batch.ends))
+        free = torch.ones_like(kept.mask)
+        gate = straight_through(kept, r.thresholds[r.leader[l]], free)
         if r.leader[l] == l:
-            decided = [Decision(s, kept.margin - noise, batch, state.scores)]
+            decided = [Decision(s, kept.margin - noise, free, batch, state.scores)]
     x, mine, q, k = masked(model, l, state.x, kept, gate, batch, held)
     scores = state.scores
     if kept.n and r.decode == "threshold" and model.reads_scores(l):
@@ -98,7 +100,7 @@ def straight_through(kept, threshold, free):
 def least_kept(kept):
     """The smallest margin kept in each token's prompt, (N,): a quota's threshold."""
     batch = kept.batch
-    m = kept.margin.detach().masked_fill(~kept.mask | batch.ends, KEEPS_ENDS_ALONE)
+    m = kept.margin.detach().masked_fill(~kept.mask | ~kept.free, KEEPS_ENDS_ALONE)
     least = m.new_full((len(batch.lengths),), KEEPS_ENDS_ALONE)
     return least.scatter_reduce(0, batch.seq, m, "amin")[batch.seq]
 

@@ -25,7 +25,8 @@ class Routing:
     whose decision it takes. router: "static", "random", "attention", a Router or a function.
     thresholds (n_layer,): margins from which new tokens compute, under decode "threshold".
     skipped: None where a skipped token leaves nothing (the paper), else lib/skipped.Skipped.
-    window: the last so many queries make the scores, or "mean". seed: of random selection.
+    window: the last so many queries make the scores, or "mean". seed: of random selection. first:
+    so many first tokens of a prompt always compute, as the schedule says.
     """
     sparsity: tuple
     leader: tuple
@@ -38,6 +39,7 @@ class Routing:
     one_pass: bool = False
     window: int | str = WINDOW
     seed: int = 0
+    first: int = 1
 
     @classmethod
     def dense(cls, n_layer):
@@ -127,7 +129,7 @@ def make_routing(model, schedule=None, router="static", *, prefill="topk", decod
         sparsity=tuple(grouped.sparsity), leader=tuple(grouped.leaders(group)), schedule=grouped,
         router=router, prefill=prefill, decode=decode, thresholds=thresholds, one_pass=one_pass,
         skipped=Skipped(kv == "keep", forecaster) if kv == "keep" or forecaster else None,
-        window=score or (router.score if learned else WINDOW), seed=seed)
+        window=score or (router.score if learned else WINDOW), seed=seed, first=schedule.first)
 
 
 def check_choices(**given):

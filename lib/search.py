@@ -73,9 +73,10 @@ class Fitness:
     for at once; by default each rank has all samples, and candidates() spreads candidates.
     """
     def __init__(self, model, samples, router="static", max_states=2000, convert=as_sparsity,
-                 spread=False, **routing):
+                 spread=False, first=1, **routing):
         self.model, self.router, self.routing = model, router, {"decode": "dense", **routing}
         self.convert, self.spread, self.max_states = convert, spread, max_states
+        self.first = first              # tokens that always compute, see Schedule
         groups = [group for _, group in batches(samples)]
         self.groups = shard(groups) if spread else groups
         # once, as it reads a sample of every weight
@@ -141,7 +142,7 @@ class Fitness:
 
     def schedule(self, units):
         """The Schedule that a candidate stands for."""
-        return Schedule(self.convert(units), self.fingerprint)
+        return Schedule(self.convert(units), self.fingerprint, first=self.first)
 
     def sparsity(self, units):
         """What the model runs, (n_layer,): blocks that share a decision run at their mean."""

@@ -129,11 +129,11 @@ class Oracle:
         values = [math.log(max(worth, LEAST)) for worth in self.labels[prompt]]
         return on_tokens(len(prompt), self.size, values)
 
-    def margins(self, batch, scores, s):
-        """log worth (N,) as a router's margin: deviation 1, above 0 in a share 1 - s of tokens."""
-        value = self(batch, scores, s)
-        free = value[~batch.ends]
-        return (value - free.quantile(s)) / free.std().clamp(min=1e-6)
+    def margins(self, batch, scores, s, free):
+        """log worth of the free tokens, as a router's margin: of deviation 1, above 0 in a share
+        1 - s of them."""
+        value = self(batch, scores, s)[free]
+        return (value - value.quantile(s)) / value.std().clamp(min=1e-6)
 
     def as_dict(self):
         """What artefacts store of it."""

@@ -263,9 +263,21 @@ def test_quota_is_met_and_counted(tiny, routed, schedule):
         assert meter.saved("prefill") == pytest.approx(1 - cost / dense)
 
 
-def test_ends_are_always_kept(tiny, routed):
-    _, states = states_of(routed(), [tokens(40)])
-    assert all(bool(s.kept.mask[0] and s.kept.mask[-1]) for s in states[1:])
+@pytest.mark.parametrize("router", ["static", "random", "attention"])
+def test_ends_are_always_kept(tiny, router):
+    """The last token of a prompt, and as many first ones as the schedule says: up to half of those kept, as the newest matter too."""
+    for first, s, want in ((1, 0.5, 1), (8, 0.5, 8), (8, 0.8, 4), (8, 0.95, 1)):
+        tiny.use(Schedule([0.0] + [s] * (tiny.config.n_layer - 1), tiny.fingerprint, first=first), router)
+        _, states = states_of(tiny, [tokens(40), tokens(3, 1)])
+        for state in states[2:]:                                # block 0 is dense
+            mask = state.kept.mask
+            assert mask[:want].all() and mask[39] and mask[40] and mask[42] and state.kept.counts.tolist() == [quota(40, s), 2]
+            if router == "static":
+                newest = quota(40, s) - want
+                assert not mask[want:40 - newest].any() and mask[40 - newest:40].all()
+            else:
+                assert bool(state.kept.free[:40].sum() == 40 - want - 1) and not state.kept.free[:want].any()
+    tiny.use()
 
 
 def test_scores_are_read_where_a_decision_needs_them(tiny, monkeypatch):

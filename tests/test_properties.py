@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from lib import reference, scoring
 from lib.artefacts import Schedule
+from lib.batch import always
 from lib.config import quota
 from lib.flops import Meter
 from model_ftp import FTPModel
@@ -25,7 +26,8 @@ routers = st.one_of(st.sampled_from(["static", "attention"]), st.fixed_dictionar
     kind=st.sampled_from(["global", "local", "recurrent"]), inputs=inputs, width=st.integers(1, 16), score=st.sampled_from([1, 4, 16, "mean"]),
     group=st.sampled_from([1, 1, 2, 3]), span=st.sampled_from([1, 1, 3]), seed=st.integers(0, 99))))
 modes = st.fixed_dictionaries(dict(router=routers, prefill=st.sampled_from(["topk", "argmax"]), decode=st.sampled_from(["dense", "threshold", "rule"]),
-                                   kv=st.sampled_from(["drop", "keep"]), one_pass=st.booleans(), forecaster=st.sampled_from([None, "kv", "all"])))
+                                   kv=st.sampled_from(["drop", "keep"]), one_pass=st.booleans(), forecaster=st.sampled_from([None, "kv", "all"]),
+                                   first=st.sampled_from([1, 2, 8])))
 examples = st.tuples(schedules, batches, modes, st.integers(0, 2 ** 20))
 
 
@@ -38,7 +40,8 @@ def model(folder):
 
 def setup(model, sparsity, mode):
     """Put an example's routing in place."""
-    s, mode, router = Schedule(sparsity, model.fingerprint), dict(mode), mode["router"]
+    mode, router = dict(mode), mode["router"]
+    s = Schedule(sparsity, model.fingerprint, first=mode.pop("first"))
     g = torch.Generator().manual_seed(5)
     if isinstance(router, dict):
         mode["router"] = make_router(model, **router)
@@ -168,7 +171,7 @@ def test_budget_is_met_exactly(model, example):
         if kept.rows is not None:
             by_sequence = torch.zeros(len(n), dtype=torch.int64).index_add(0, packed.seq, kept.mask.long())
             assert by_sequence.tolist() == kept.counts.tolist() and kept.rows.tolist() == kept.mask.nonzero()[:, 0].tolist()
-            assert s >= 1 or kept.mask[packed.ends].all()
+            assert s >= 1 or kept.mask[always(packed, s, model.routing.first)].all()
     total = sum(n)
     assert meter.total["prefill"] == total and meter.kept["prefill"] == [sum(quota(m, s) for m in n) for s in sparsity]
     want = [1 - sum(quota(m, s) for m in n) / total for s in sparsity]
