@@ -10,6 +10,7 @@
 In: a model, a schedule, a router. Out: out/eval.json, and a table of these rows:
 
     dense       always
+    cut         dense, of a prompt without its older tokens: as many go as the schedule's mean says
     uniform     static router (position alone), uniform schedule of the same mean
     static      static router, --schedule
     random      --schedule, tokens drawn at random
@@ -32,6 +33,7 @@ Tasks that need their context (LAMBADA, documents, yes/no questions) have a mean
 --floor scores every choice task without its question, too: what a model keeps that skips the whole
 prompt.
 """
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -62,6 +64,7 @@ from model_ftp import Router
 
 ROWS = {  # name: (schedule, router, how decoded tokens are routed)
     "dense": (None, "static", "dense"),
+    "cut": ("cut", "static", "dense"),
     "uniform": ("uniform", "static", "dense"),
     "static": ("given", "static", "dense"),
     "random": ("given", "random", "dense"),
@@ -206,6 +209,8 @@ def use_row(model, name, how, args, tokenizer=None):
     """The model, routed as row `name` is; without a tokenizer its decoding stays dense."""
     which, router, decode = ROWS[name]
     schedule = how["schedule"]
+    if which == "cut":
+        return cut(model, schedule)
     if which == "uniform":
         schedule = Schedule.uniform(model, schedule.mean, schedule.first)
     if router == "given":
@@ -227,6 +232,15 @@ def use_row(model, name, how, args, tokenizer=None):
                            max_response=args.max_response)
     model.use(schedule, router, **settings)    # after them: a model that writes samples is dense
     calibrate_decode(model, samples, args.decode_sparsity)
+    return model
+
+
+def cut(model, schedule):
+    """The model that never sees a prompt's older tokens, but for the first ones: what a shorter
+    prompt costs. Positions stay, so that this is a schedule that skips block 0 too."""
+    model.use(Schedule.uniform(model, schedule.mean, schedule.first))
+    n = model.config.n_layer
+    model.routing = replace(model.routing, sparsity=(schedule.mean,) * n, leader=tuple(range(n)))
     return model
 
 

@@ -5,8 +5,9 @@
     python finetune_static.py --evaluations 400 --nsamples 64 --resume      # go on
     torchrun --nproc_per_node 8 finetune_static.py --evaluations 400        # spread over 8 GPUs
 
-The same search as stage 1 (search_scheduler.py), from the schedule that it found. A move changes
-each block's quota and the router's fourth factor. The thresholds by which decoded tokens skip are
+The same search as stage 1 (search_scheduler.py), from the schedule that it found and from some that
+leave more of the first blocks dense. A move changes each block's quota and the router's fourth
+factor. The thresholds by which decoded tokens skip are
 calibrated anew for the result, and stored with it.
 """
 import random
@@ -29,6 +30,7 @@ from lib.search import (
     mutate,
     repair,
     resume_key,
+    starts,
     with_last,
     work,
 )
@@ -151,9 +153,11 @@ def main():
     *units, last = [s * THOUSAND for s in schedule.sparsity]
     last, total = round(last), round(sum(units))
     given = repair(units, total, top, rng)
-    # neighbours, as the router was trained for shares like these
-    others = [mutate(given, total, top, rng, args.move * THOUSAND)
-              for _ in range(args.population - 1)]
+    # neighbours, as the router was trained for shares like these; and with a router that reads the
+    # attention it can pay to let more blocks give it before the first skip
+    others = starts(len(units), total, top, rng)
+    others += [mutate(given, total, top, rng, args.move * THOUSAND)
+               for _ in range(args.population)]
 
     # search; another schedule or router makes another search
     convert = partial(with_last, last)
@@ -163,7 +167,8 @@ def main():
     settings = resume_key(args, model, routing, fit, watched)
     settings |= {"schedule_id": schedule.id, "router_id": router.id}
     state_path = Path(args.out_dir) / "finetune_state.json"
-    best, history = evolve(fitness, watch, [given, *others], total, top, args, state_path, settings)
+    first = [given, *others][:args.population]
+    best, history = evolve(fitness, watch, first, total, top, args, state_path, settings)
 
     # a search that overfits its samples must do no harm
     units = best["units"]

@@ -259,7 +259,8 @@ def guide_loss(decisions, guide):
     sums = []
     for d in decisions:
         margin = d.margin[d.free]
-        target = targets_of(guide, d.batch, d.scores, d.s, d.free)    # from scores it saw
+        # from the scores that the router saw
+        target = targets_of(guide, d.batch, d.scores, d.s, d.free)
         entropy = F.binary_cross_entropy_with_logits(margin, target, reduction="sum")
         sums.append(torch.stack((entropy, entropy.new_tensor(len(margin)))))
     entropy, n = total(together(sums)).unbind(1)

@@ -6,7 +6,7 @@ The guide loss teaches the router to decide as such an order does. The paper's o
     guide, tried = search_guide(kl_of_order, 40, random.Random(0))
     model.use(schedule, guide)                         # an order decides like any router
 """
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from operator import itemgetter
 from pathlib import Path
 
@@ -21,11 +21,12 @@ from model_ftp import choose, places
 
 # What an order is made of.
 KNOTS = 6           # of its curve: enough for a fall, a rise and a bend between
-FIRST = 9.0         # puts head and tail beyond any value that curve and weights reach
+BEYOND = 9.0        # puts head and tail beyond any value that curve and weights reach
 
 # What the search tries before it evolves, so that a short one has tried the simple shapes.
 DIPS = (0.4, 0.6, 0.8)                # curves lowest at this place: both ends are kept, V-shaped
 HEADS = (8, 16, 24, 32, 48, 20)       # tokens after the first that go before all others
+RANKS = (0.5, 1.0, 2.0)               # what the rank of the attention counts beside the best curve
 
 # How the search evolves: an order is ten numbers, and some thirty trials are left for them.
 PARENTS = 4                           # the best so far, of which a new one is made
@@ -80,7 +81,7 @@ class Order:
         value = value + self.weights[0] * scores.value + self.weights[1] * scores.rank
         in_tail = batch.local >= batch.size - self.tail
         in_head = batch.local < self.head
-        return value + FIRST * (in_tail.float() - in_head.float())
+        return value + BEYOND * (in_tail.float() - in_head.float())
 
     def child(self, other, rng, width):
         """A neighbour whose values lie between this order's and another's, with some noise."""
@@ -129,8 +130,8 @@ def simple_curves():
 def search_guide(score, evaluations, rng):
     """The order of lowest score(order) -> it, and the scores of all in the order of trying.
 
-    Simple curves come first (the paper's is the very first), then the best of them with heads,
-    then an evolution strategy, which alone draws from rng, a random.Random.
+    Simple curves come first (the paper's is the very first), then the best of them with heads, and
+    with the attention; then an evolution strategy, which alone draws from rng, a random.Random.
     """
     curves = simple_curves()
     tried = []                                             # (score, order)
@@ -140,6 +141,9 @@ def search_guide(score, evaluations, rng):
             order = Order.of_curve(curves[n])
         elif n < len(curves) + len(HEADS):
             order = Order.of_curve(best[0][1].curve, HEADS[n - len(curves)])
+        elif n < len(curves) + len(HEADS) + len(RANKS):
+            rank = RANKS[n - len(curves) - len(HEADS)]
+            order = replace(best[0][1], weights=[0.0, rank])
         else:
             mother = best[int(PARENTS * rng.random() ** ELITISM)][1]
             father = best[rng.randrange(PARENTS)][1]

@@ -76,7 +76,7 @@ def test_finetuning(workshop, rows, artefacts, tmp_path, capsys):
 
 def test_training(workshop, rows, artefacts, tmp_path, capsys):
     """The same losses, step by step, and the same router within rounding: a batch of 3, so that one rank has two samples, with noise."""
-    words = lambda out: ["train_router.py", *flags(workshop, rows, tmp_path / out), *artefacts[:2], "--nsamples", 10, "--nwatch", 12, "--guide_evals", 13,
+    words = lambda out: ["train_router.py", *flags(workshop, rows, tmp_path / out), *artefacts[:2], "--nsamples", 10, "--nwatch", 12, "--guide_evals", 16,
                          "--guide_samples", 8, "--warmup", 30, "--eval_every", 1, "--steps", 8, "--batch_size", 3, "--gumbel", 0.5]
     assert inside(*words("1"), capsys=capsys)[0] == 0
     two(*words("2"))

@@ -157,9 +157,14 @@ def test_artefacts_are_checked_by_name(tiny, schedule, tmp_path):
                           ({"decode_threshold": [0.1] * 5}, "decode_threshold"), ({"decode_threshold": [True] * 6}, "decode_threshold"),
                           ({"fingerprint": {"config": 3, "norm": []}}, "fingerprint.config"), ({"fingerprint": None}, "fingerprint"),
                           ({"sparsity": [0, 0.3], "decode_threshold": None}, "2 blocks, the model 6"),
+                          ({"first": 0}, '"first" is 0'), ({"first": "8"}, "first"), ({"first": True}, "first"),
                           ({"fingerprint": {"config": "0", "norm": []}}, "another model")):
         save_json(tmp_path / "s2.json", o | change)
         refused(match, lambda: tiny.use(tmp_path / "s2.json"))
+    # files from before the field mean the paper's way, and keep the name that thresholds know them by
+    save_json(tmp_path / "s2.json", {k: v for k, v in o.items() if k != "first"})
+    old, eight = Schedule.load(tmp_path / "s2.json"), Schedule(schedule.sparsity, tiny.fingerprint, first=8)
+    assert old.first == tiny.use(old).routing.first == 1 and old.id == schedule.id != eight.id and tiny.use(eight).routing.first == 8
     r = make_router(tiny, schedule)
     r.save(tmp_path / "r.safetensors")
     twin, weights = json.loads((tmp_path / "r.json").read_text()), load_file(tmp_path / "r.safetensors")

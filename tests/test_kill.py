@@ -93,7 +93,7 @@ def runner(workshop, tmp_path_factory):
     artefacts = ["--schedule", base / "search" / "schedule.json", "--router", base / "train" / "router.safetensors"]
     stages = {
         "search": ("search_scheduler.py", [*common, *search, "--sparsity", 0.3, "--evaluations", 60], ["schedule.json"]),
-        "train": ("train_router.py", [*common, *artefacts[:2], "--nsamples", 8, "--nwatch", 4, "--guide_evals", 13, "--guide_samples", 2, "--warmup", 30,
+        "train": ("train_router.py", [*common, *artefacts[:2], "--nsamples", 8, "--nwatch", 4, "--guide_evals", 16, "--guide_samples", 2, "--warmup", 30,
                                       "--eval_every", 2, "--steps", 24, "--gumbel", 0.5, "--decode_share", 0.5], ["router.safetensors", "router.json"]),
         "finetune": ("finetune_static.py", [*common, *search, *artefacts, "--evaluations", 40], ["schedule_ft.json"]),
         "evaluate": ("evaluate.py", [*common, *artefacts, "--text", d / "book.txt", "--context", 48, "--scored", 16, "--tasks", f"mine={d}/task.jsonl",

@@ -13,10 +13,12 @@ import pytest
 import torch
 from conftest import ROOT, make_router, tokens
 
+import evaluate
 from analysis import redundancy
 from lib import data, evaluation, scoring, tasks
 from lib.artefacts import Schedule
 from lib.checkpoint import find_model
+from lib.config import quota
 from lib.data import load_tokenizer
 from lib.evaluation import is_answer
 from lib.files import FTPError
@@ -80,7 +82,7 @@ def search(workshop, out, *more):
 
 def train(workshop, out, schedule, *more):
     a, b = common(workshop, out)
-    return call("train_router.py", *a, *b, "--schedule", schedule, "--nsamples", 8, "--nwatch", 4, "--guide_evals", 13, "--guide_samples", 2,
+    return call("train_router.py", *a, *b, "--schedule", schedule, "--nsamples", 8, "--nwatch", 4, "--guide_evals", 16, "--guide_samples", 2,
                 "--warmup", 30, "--eval_every", 4, *more)
 
 
@@ -180,7 +182,7 @@ def test_a_schedule_from_a_block_on(workshop, tmp_path):
 def test_training_resumes_to_the_same_result(made, workshop, tmp_path, monkeypatch):
     import train_router
     argv = ["train_router.py", *map(str, [*common(workshop, tmp_path)[0], *common(workshop, tmp_path)[1]]), "--schedule", str(made / "schedule.json"),
-            "--nsamples", "8", "--nwatch", "4", "--guide_evals", "13", "--guide_samples", "2", "--warmup", "30", "--eval_every", "4", "--steps", "8"]
+            "--nsamples", "8", "--nwatch", "4", "--guide_evals", "16", "--guide_samples", "2", "--warmup", "30", "--eval_every", "4", "--steps", "8"]
     real, calls = train_router.save_state, []
 
     def save_then_die(*a):
@@ -273,7 +275,7 @@ def test_evaluation(made, workshop, tmp_path):
              "--router", made / "router.safetensors", "--text", d / "book.txt", "--context", 48, "--scored", 16,
              "--tasks", f"mine={d}/task.jsonl,winogrande={d}/partial.jsonl,lambada={d}/lambada.jsonl"]
     call(*words, "--rows", "uniform")
-    got = call(*words, "--rows", "uniform,static,ftp,ftp_decode,rule,random,attention", "--resume")
+    got = call(*words, "--rows", "uniform,static,ftp,ftp_decode,rule,random,attention,cut", "--resume")
     assert "dense: " not in got.stdout and "uniform: " not in got.stdout and "static: " in got.stdout  # these two were there
     assert "KL of uniform minus KL of ftp" in got.stdout
     o = json.loads((tmp_path / "eval.json").read_text())
@@ -281,12 +283,29 @@ def test_evaluation(made, workshop, tmp_path):
     dense = rows["dense"]
     assert dense["kl"] == 0 and dense["top1_agreement"] == 1 and dense["retention"] == 1 and dense["flops_saved_prefill"] == 0
     assert dense["ppl"]["book.txt"] > 1 and dense["tasks"]["lambada_openai"]["ppl"] > 1 and dense["tasks"]["mine"]["n"] == 9
-    for name in ("uniform", "static", "ftp", "random", "attention"):
+    for name in ("uniform", "static", "ftp", "random", "attention", "cut"):
         r = rows[name]
         assert r["kl"] > 0 and abs(r["sparsity_prefill"] - 0.3) < 0.03 and r["sparsity_decode"] == 0  # short prompts: quotas round up
         assert r["flops_saved_prefill"] > 0.18  # a fifth of the sparsity is the last block's, where it saves nothing
     # thresholds come from 48 samples of a random model, and are asked about other texts
     assert abs(rows["ftp_decode"]["sparsity_decode"] - 0.3) < 0.25
+
+
+def test_a_cut_prompt_is_not_seen(tiny):
+    """Row cut: what the oldest tokens are changes nothing, but for the first ones; under the uniform schedule block 0 reads them."""
+    s, prompt, new = Schedule.uniform(tiny, 0.4, first=3), tokens(40), tokens(6, 1)
+    seen, unseen = [*prompt[:2], 5, *prompt[3:]], [*prompt[:3], *[5] * 16, *prompt[19:]]
+    assert quota(40, s.mean) == 24                                  # 3 first ones and the 21 newest
+
+    def logits(p):
+        return scoring.after_prompt(tiny, [p + new], [40])[0]
+
+    evaluate.cut(tiny, s)
+    base, first, oldest = logits(prompt), logits(seen), logits(unseen)
+    assert torch.equal(base, oldest) and not torch.allclose(base, first, atol=1e-3)
+    tiny.use(s)
+    assert not torch.allclose(logits(prompt), logits(unseen), atol=1e-3)
+    tiny.use()
 
 
 def test_scores_equal_hugging_face(workshop):
@@ -647,7 +666,7 @@ def test_embedded_model(tmp_path):
     (tmp_path / "few.json").write_text(json.dumps([r | {"output": tok.decode(a)} for r, a in zip(rows, answers)]))
     few = ["--nsamples", 12, "--nwatch", 8, "--out_dir", tmp_path, "--data", tmp_path / "few.json"]
     call("search_scheduler.py", "--method", "uniform", *few)
-    call("train_router.py", "--schedule", tmp_path / "schedule.json", *few, "--steps", 6, "--eval_every", 3, "--guide_evals", 12, "--guide_samples", 4)
+    call("train_router.py", "--schedule", tmp_path / "schedule.json", *few, "--steps", 6, "--eval_every", 3, "--guide_evals", 15, "--guide_samples", 4)
     call("evaluate.py", "--schedule", tmp_path / "schedule.json", "--router", tmp_path / "router.safetensors", "--rows", "random,static,ftp", "--text", "",
          "--data", tmp_path / "few.json", "--out_dir", tmp_path, "--dtype", "auto")
     rows = {r["name"]: r for r in json.loads((tmp_path / "eval.json").read_text())["rows"]}

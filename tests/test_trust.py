@@ -257,7 +257,7 @@ def test_sweep_of_command_lines(script, workshop, artefacts, tmp_path, monkeypat
 
 SMALL = {      # of each stage a run of a second
     "search_scheduler.py": ["--nsamples", 2, "--nwatch", 2, "--population", 4, "--elite", 1, "--evaluations", 5],
-    "train_router.py": ["--nsamples", 3, "--nwatch", 2, "--guide_evals", 12, "--guide_samples", 1, "--warmup", 5, "--steps", 2, "--eval_every", 1,
+    "train_router.py": ["--nsamples", 3, "--nwatch", 2, "--guide_evals", 15, "--guide_samples", 1, "--warmup", 5, "--steps", 2, "--eval_every", 1,
                         "--calibration_samples", 2],
     "finetune_static.py": ["--nsamples", 2, "--nwatch", 2, "--population", 4, "--elite", 1, "--evaluations", 5, "--calibration_samples", 2],
     "fit_late_kv.py": ["--nsamples", 4, "--nheld", 2, "--rank", 4],
