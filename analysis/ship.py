@@ -33,6 +33,7 @@ def get_args():
     add("--router", default="static", help="its router, or static")
     add("--forecaster", default=None, help="its late keys and values")
     add("--kv", default="drop", choices=["drop", "keep"], help="K/V of skipped tokens")
+    add("--one_pass", action="store_true", help="decide all blocks by the first one's scores")
     add("--eval", required=True, help="the eval.json that measured it")
     add("--row", required=True, help="its row there")
     add("--command", default="make demo", help="the command that made it")
@@ -49,7 +50,8 @@ def main():
 
     # the artefacts, by the names that shipped.json tells
     Schedule.load(args.schedule).save(folder / "schedule.json")
-    use = {"schedule": "schedule.json", "router": "static", "kv": args.kv}
+    use = {"schedule": "schedule.json", "router": "static", "kv": args.kv,
+           "one_pass": args.one_pass}
     if args.router != "static":
         Router.load(args.router).save(folder / "router.safetensors")
         use["router"] = "router.safetensors"

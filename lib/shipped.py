@@ -14,7 +14,8 @@ from lib.files import check, load_json
 
 ARTIFACTS = Path(__file__).resolve().parent.parent / "artifacts"
 FILES = ("schedule", "router", "forecaster")
-FORM = {"use": {"schedule": str, "router": str, "kv": str, "forecaster": (str, None)},
+FORM = {"use": {"schedule": str, "router": str, "kv": str, "forecaster": (str, None),
+                "one_pass": (bool, None)},
         "measured": {"kl": float, "kl_items": [float], "flops_saved": float},
         "command": str, "commit": str}
 
@@ -45,9 +46,9 @@ def card(name, model="smollm2"):
 
 def shipped(name, model="smollm2"):
     """Keyword arguments of FTPModel.use() for what is shipped under `name` for a model's name."""
-    how = dict(card(name, model)["use"])
+    how = {key: value for key, value in card(name, model)["use"].items() if value is not None}
     for key in FILES:
-        if how.get(key) not in (None, "static"):
+        if how.get(key, "static") != "static":
             how[key] = folder_of(model) / name / how[key]
     return how
 

@@ -8,6 +8,7 @@ import re
 import shlex
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ from lib.data import load_tokenizer
 from lib.evaluation import is_answer
 from lib.files import FTPError
 from lib.flops import Meter
-from lib.guide import Order
+from lib.guide import Order, search_guide
 from lib.search import (
     STARTS,
     THOUSAND,
@@ -165,6 +166,36 @@ def test_the_search_starts_from_dense_first_blocks(n_layer, total):
     assert len(made) == sum(total <= 990 * (n_layer - round(s * n_layer)) and round(s * n_layer) > 1 for s in STARTS)
     units = from_block(3, n_layer, 1440, 990, rng)
     assert units[:3] == [0, 0, 0] and sum(units) == 1440 and min(units[3:]) > 0
+
+
+def test_stage_3_tries_more_dense_blocks_and_keeps_the_first_tokens(made, workshop, tmp_path, monkeypatch, capsys):
+    """Its first generation holds the given schedule, and ones with further first blocks dense, of the same sum; all of them keep as many
+    first tokens as the given one."""
+    given = replace(Schedule.uniform(FTPModel.from_pretrained(workshop[0]), 0.3), first=3)
+    given.save(tmp_path / "schedule.json")
+    seen = {}
+
+    def stop(fitness, watch, population, total, *rest):
+        seen.update(population=population, total=total, first=[f.schedule(population[0]).first for f in (fitness, watch)])
+        raise FTPError("seen enough")
+
+    monkeypatch.setattr("lib.search.evolve", stop)
+    threads = torch.get_num_threads()
+    a, b = common(workshop, tmp_path)
+    code, _, err = inside("finetune_static.py", *a, *b, "--schedule", tmp_path / "schedule.json", "--router", made / "router.safetensors",
+                          "--nsamples", 4, "--nwatch", 3, "--population", 6, "--elite", 2, capsys=capsys)
+    torch.set_num_threads(threads)
+    assert code == 2 and "seen enough" in err
+    given, *others = seen["population"]
+    dense = [next(l for l, u in enumerate(units) if u) for units in others]
+    assert len(others) == 5 and len(set(given[1:])) == 1 and max(dense) > 1 and seen["first"] == [3, 3]
+    assert all(sum(units) == seen["total"] for units in seen["population"])
+
+
+def test_the_guide_search_tries_the_attention():
+    """After curves and heads, before any draw: an order that only the rank of the attention makes is found."""
+    best, tried = search_guide(lambda order: -order.weights[1] + 0.1 * order.head, 14, random.Random(0))
+    assert best.weights == [0.0, 2.0] and best.head == 0 and len(tried) == 14 and tried[0] == 0
 
 
 def test_a_schedule_from_a_block_on(workshop, tmp_path):
@@ -497,10 +528,12 @@ def test_what_is_shipped_goes_by_the_model(tmp_path, monkeypatch):
     for model, name in (("smollm2", "ftp-0.30"), ("big", "ftp-0.30"), ("big", "late-0.30")):
         (tmp_path / model / name).mkdir(parents=True)
         (tmp_path / model / name / "shipped.json").write_text(json.dumps({
-            "format": "ftp-shipped-1", "use": {"schedule": "s.json", "router": "static", "kv": "drop"}, "command": "c", "commit": "d",
+            "format": "ftp-shipped-1", "command": "c", "commit": "d",
+            "use": {"schedule": "s.json", "router": "static", "kv": "drop"} | ({"one_pass": True} if name == "late-0.30" else {}),
             "measured": {"kl": 0.1, "kl_items": [0.1], "flops_saved": 0.3}}))
     assert names() == ["ftp-0.30"] and names("/models/big") == ["ftp-0.30", "late-0.30"] and names("other") == names()
-    assert shipped("late-0.30", "big")["schedule"] == tmp_path / "big" / "late-0.30" / "s.json"
+    assert shipped("ftp-0.30") == {"schedule": tmp_path / "smollm2" / "ftp-0.30" / "s.json", "router": "static", "kv": "drop"}
+    assert shipped("late-0.30", "big") == {"schedule": tmp_path / "big" / "late-0.30" / "s.json", "router": "static", "kv": "drop", "one_pass": True}
     with pytest.raises(FTPError, match="nothing of that name is shipped for smollm2; choose from ftp-0.30"):
         shipped("late-0.30")
 
