@@ -117,16 +117,16 @@ def second_model(args, add, quality):
     text = ["--data", args.calibration, "--max_prompt", 256, "--max_response", 64]
     stage = [*model, *text, "--nwatch", 12, "--out_dir", out, "--resume"]
     schedule = ["--schedule", f"{out}/schedule.json"]
-    router = ["--router", f"{out}/router.safetensors"]
+    router = ["--router", f"{out}/router.safetensors", "--one_pass"]
     part = "qwen-0.30"
 
     add(part, "prepare.py", *model, "--fetch_only")
-    add(part, "search_scheduler.py", "--flops_saved", 0.30, "--nsamples", 12, "--evaluations", 40,
-        "--population", 8, "--patience", 3, "--max_states", 300, *stage)
-    add(part, "train_router.py", *schedule, "--nsamples", 40, "--guide_evals", 20,
-        "--guide_samples", 8, "--steps", 16, "--eval_every", 8, "--calibration_samples", 4, *stage)
-    add(part, "finetune_static.py", *schedule, *router, "--nsamples", 8, "--evaluations", 12,
-        "--population", 5, "--elite", 2, "--max_states", 200, "--calibration_samples", 4, *stage)
+    add(part, "search_scheduler.py", "--flops_saved", 0.30, "--nsamples", 12, "--evaluations", 24,
+        "--population", 8, "--patience", 2, "--max_states", 300, *stage)
+    add(part, "train_router.py", *schedule, "--one_pass", "--nsamples", 60, "--guide_evals", 24,
+        "--guide_samples", 12, "--steps", 24, "--eval_every", 8, "--calibration_samples", 4, *stage)
+    add(part, "finetune_static.py", *schedule, *router, "--nsamples", 12, "--evaluations", 14,
+        "--population", 6, "--elite", 2, "--max_states", 200, "--calibration_samples", 4, *stage)
     add(part, "search_scheduler.py", *model, *text, "--method", "late", "--flops_saved", 0.30,
         "--kv", "keep", "--nsamples", 12, "--nwatch", 2, "--out_dir", f"{out}/late")
     late = ["--schedule", f"{out}/late/schedule.json", "--kv", "keep",
@@ -137,7 +137,7 @@ def second_model(args, add, quality):
 
     # quality and speed of both
     ftp = ["--schedule", f"{out}/schedule_ft.json", *router]
-    for found, rows, folder in ((ftp, "uniform,static,ftp", out),
+    for found, rows, folder in ((ftp, "cut,uniform,static,ftp", out),
                                 (late, "static", f"{out}/late")):
         add(part, "evaluate.py", *model, *found, "--rows", rows, "--data", args.calibration,
             "--resume", "--out_dir", folder, *quality)
