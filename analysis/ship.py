@@ -41,7 +41,7 @@ def get_args():
 
 
 def main():
-    args = get_args()
+    args, of_commit = get_args(), commit()      # before any file changes
     evaluated = load_json(args.eval, "ftp-eval-1", "--eval")
     rows = {row["name"]: row for row in evaluated["rows"]}
     check(args.row in rows, f"--row {args.row}: not in {args.eval}; choose from {', '.join(rows)}")
@@ -63,7 +63,7 @@ def main():
     # what was measured, and on what
     config = evaluated["config"]
     save_json(folder / "shipped.json", {
-        "format": "ftp-shipped-1", "use": use, "command": args.command, "commit": commit(),
+        "format": "ftp-shipped-1", "use": use, "command": args.command, "commit": of_commit,
         "measured": {"kl": row["kl"], "kl_stderr": row["kl_stderr"], "ppl": row["ppl"],
                      # of the first held-out samples, for who checks the claim
                      "kl_items": row["kl_items"][:ITEMS],
