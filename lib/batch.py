@@ -94,7 +94,7 @@ def of_spans(values, batch, size):
 
 def first_of(kept, first):
     """How many first tokens of a prompt compute anyway, where a block keeps `kept` of them."""
-    return max(1, min(first, kept // 2))
+    return max(1, min(first, kept // 4))        # in a short prompt the newest need the room
 
 
 def always(batch, s, first):
