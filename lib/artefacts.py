@@ -52,8 +52,8 @@ class Schedule:
     1 removes the block; block 0 is 0 (or 1). decode_threshold, if any, holds the router margin
     below which a decoded token skips block l; it is only valid with the router whose id it
     carries. parts, if any, says of each block what is left of it: "both" sub-blocks, "attention"
-    or "mlp". first: so many first tokens of a prompt always compute (paper: 1), as
-    far as they are a quarter of what a block keeps. FTPError on anything else.
+    or "mlp". first: so many first tokens of a prompt always compute (paper: 1), as far as they are
+    a quarter of what a block keeps. FTPError on anything else.
     """
     sparsity: list
     fingerprint: dict                      # of the model it was made for
