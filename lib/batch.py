@@ -16,8 +16,8 @@ class Batch:
 
     lengths, start, past, rows (B,): host arrays. past: tokens that came before; rows: cache rows.
     seq, local, pos, size (N,): of each token its sequence, its place in it, its position, and the
-    length of its sequence. last (B,): rows of the sequences' last tokens. last_only: of prompts,
-    that nobody reads the last block's output of other rows.
+    length of its sequence. last (B,), is_last (N,): the sequences' last tokens, as rows and as a
+    mask. last_only: of prompts, that nobody reads the last block's output of other rows.
     """
     def __init__(self, seqs, rope, past=None, rows=None, last_only=False):
         device, self.last_only = rope.device, last_only
@@ -33,7 +33,7 @@ class Batch:
         self.seq, self.local, self.size = to(seq), to(local), to(lengths[seq])
         self.pos = to(local + self.past[seq])
         self.every = torch.arange(len(seq), device=device)
-        self.last = to(self.start + lengths - 1)
+        self.last, self.is_last = to(self.start + lengths - 1), self.local == self.size - 1
         self.whole_rope = rope
         self.rope = rope.index_select(1, self.pos)              # (2, N, head_dim): cos and sin
         self.all = Kept(self, None, lengths)
@@ -102,9 +102,11 @@ def always(batch, s, first):
 
     The first ones, where attention sinks lie, and the last, which the answer follows.
     """
-    room = np.array([first_of(quota(n, s), first) for n in batch.lengths.tolist()])
-    room = to_device(room, batch.seq.device)
-    return (batch.local < room[batch.seq]) | (batch.local == batch.size - 1)
+    room = [first_of(quota(n, s), first) for n in batch.lengths.tolist()]
+    if len(set(room)) == 1:                                     # the usual case needs no lookup
+        return (batch.local < room[0]) | batch.is_last
+    room = to_device(np.array(room), batch.seq.device)
+    return (batch.local < room[batch.seq]) | batch.is_last
 
 
 def by_mask(mask, batch, margin, free=None):
