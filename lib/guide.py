@@ -158,8 +158,9 @@ def search_guide(score, evaluations, rng):
 def decisions_of(model, router, samples, wanted=None):
     """What `router` would see where the model, routed by a guide, decides about prompts.
 
-    samples: [(prompt ids, response ids)]. -> [(block, factors (n, n_inputs), the guide's decisions
-    (n,): 1 compute, 0 skip)] of the free tokens, on the model's device. One run of the LLM.
+    samples: [(prompt ids, response ids)]. -> [(block, factors (N, n_inputs), free (N,), the guide's
+    decisions about the free tokens (n,): 1 compute, 0 skip)], on the model's device. One run of the
+    LLM.
     wanted: function (batch, scores, s, free) -> (n,), to be learned instead of the decisions.
     """
     batch = model.batch([prompt for prompt, _ in samples])
@@ -176,7 +177,7 @@ def decisions_of(model, router, samples, wanted=None):
                 target = kept.mask[free].float()
             else:
                 target = wanted(kept.batch, state.scores, s, free)
-            found.append((l, factors[free].to(model.device), target.to(model.device)))
+            found.append((l, *(t.to(model.device) for t in (factors, free, target))))
         state = model.prefill_step(l, batch, state)
     return found
 
@@ -193,9 +194,9 @@ def imitate(router, blocks, steps, lr, loss_of=F.binary_cross_entropy_with_logit
         optimizer.param_groups[0]["lr"] = lr * (1 - step / steps)
         # all blocks in their order: a recurrent router goes on from the block before
         memory, loss = None, 0.0
-        for l, factors, target in blocks:
+        for l, factors, free, target in blocks:
             margin, memory = router(l, factors, memory)
-            loss = loss + loss_of(margin, target) / len(blocks)
+            loss = loss + loss_of(margin[free], target) / len(blocks)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
