@@ -167,8 +167,8 @@ def main():
     settings = resume_key(args, model, routing, fit, watched)
     settings |= {"schedule_id": schedule.id, "router_id": router.id}
     state_path = Path(args.out_dir) / "finetune_state.json"
-    first = [given, *others][:args.population]
-    best, history = evolve(fitness, watch, first, total, top, args, state_path, settings)
+    population = [given, *others][:args.population]
+    best, history = evolve(fitness, watch, population, total, top, args, state_path, settings)
 
     # a search that overfits its samples must do no harm
     units = best["units"]

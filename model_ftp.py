@@ -39,12 +39,12 @@ NEAR = 64    # within so many tokens the router tells distances to the prompt's 
 # who computes
 
 
-def newest(batch, s, first=1):
-    """The static router: each prompt keeps {x_0, x_T-1, x_T-2, ...} up to its quota -> Kept."""
+def newest(batch, s, first):
+    """The static router: a prompt's first tokens, then its newest, up to the quota -> Kept."""
     counts = np.array([quota(n, s) for n in batch.lengths.tolist()])
     rows = []
     for start, n, k in zip(batch.start, batch.lengths, counts):
-        first_k = first_of(k, first)                            # x_0 alone in the paper
+        first_k = first_of(k, first)            # the paper: {x_0, x_T-1, x_T-2, ...}
         rows += [np.arange(start, start + first_k), np.arange(start + n - k + first_k, start + n)]
     # by lengths alone, on the host: no device is asked
     return Kept(batch, to_device(np.concatenate(rows), batch.seq.device), counts)

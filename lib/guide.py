@@ -13,7 +13,6 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from lib.batch import always
 from lib.calibration import decides
 from lib.files import check, load_json
 from lib.stage import bar
@@ -172,7 +171,7 @@ def decisions_of(model, router, samples, wanted=None):
             if "forecast" in router.inputs:
                 forecast = model.routing.skipped.reach(l, state.x)
             factors = router.factors(kept.batch, state, s, forecast)
-            free = ~always(kept.batch, s, model.routing.first)
+            free = kept.free
             if wanted is None:
                 target = kept.mask[free].float()
             else:

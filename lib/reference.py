@@ -100,7 +100,7 @@ def straight_through(kept, threshold, free):
 def least_kept(kept):
     """The smallest margin kept in each token's prompt, (N,): a quota's threshold."""
     batch = kept.batch
-    m = kept.margin.detach().masked_fill(~kept.mask | ~kept.free, KEEPS_ENDS_ALONE)
+    m = kept.margin.detach().masked_fill(~(kept.mask & kept.free), KEEPS_ENDS_ALONE)
     least = m.new_full((len(batch.lengths),), KEEPS_ENDS_ALONE)
     return least.scatter_reduce(0, batch.seq, m, "amin")[batch.seq]
 

@@ -263,11 +263,12 @@ def test_quota_is_met_and_counted(tiny, routed, schedule):
         assert meter.saved("prefill") == pytest.approx(1 - cost / dense)
 
 
-@pytest.mark.parametrize("router", ["static", "random", "attention"])
+@pytest.mark.parametrize("router", ["static", "random", "attention", "learned"])
 def test_ends_are_always_kept(tiny, router):
     """The last token of a prompt, and as many first ones as the schedule says: up to a quarter of those kept, as the newest matter too."""
     for first, s, want in ((1, 0.5, 1), (4, 0.5, 4), (8, 0.5, 5), (8, 0.8, 2), (8, 0.95, 1)):
-        tiny.use(Schedule([0.0] + [s] * (tiny.config.n_layer - 1), tiny.fingerprint, first=first), router)
+        schedule = Schedule([0.0] + [s] * (tiny.config.n_layer - 1), tiny.fingerprint, first=first)
+        tiny.use(schedule, make_router(tiny, schedule) if router == "learned" else router)
         _, states = states_of(tiny, [tokens(40), tokens(3, 1)])
         for state in states[2:]:                                # block 0 is dense
             mask = state.kept.mask
