@@ -29,7 +29,7 @@ class Batch:
         seq = np.arange(len(seqs)).repeat(lengths)
         local = np.arange(len(seq)) - self.start[seq]
         to = partial(to_device, device=device)
-        self.seqs, self.ids = seqs, torch.tensor([t for s in seqs for t in s], device=device)
+        self.seqs, self.ids = seqs, to(np.array([t for s in seqs for t in s]))
         self.seq, self.local, self.size = to(seq), to(local), to(lengths[seq])
         self.pos = to(local + self.past[seq])
         self.every = torch.arange(len(seq), device=device)

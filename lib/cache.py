@@ -64,16 +64,23 @@ class KVCache:
             # a key head's queries are rows of one product, so that a key is read once, never copied
             out = F.scaled_dot_product_attention(q.unflatten(1, (n_kv, -1)), k, v, mask).flatten(1)
             return out if mine is None else out[mine]
-        out = []
-        for r in np.unique(row):                                # several new tokens a row: scoring
-            mine = slice(*np.searchsorted(row, (r, r + 1)))
-            n = int(last[mine].max()) + 1
-            k, v = (t[r:r + 1, :, :n] for t in (self.k[l], self.v[l]))
-            mask = torch.arange(n, device=q.device) <= to_device(last[mine], q.device)[:, None]
-            o = F.scaled_dot_product_attention(q[mine].transpose(0, 1)[None], k, v, mask,
-                                               enable_gqa=True)
-            out.append(o[0].transpose(0, 1).flatten(1))
-        return torch.cat(out)
+        # several new tokens a row, when scoring: rows of about as many share a product
+        out = torch.empty_like(q)
+        rows, first, counts = np.unique(row, return_index=True, return_counts=True)
+        for mine in alike(counts):
+            # short rows are filled up with their last query, which gives the same once more
+            within = np.minimum(np.arange(counts[mine].max()), counts[mine, None] - 1)
+            place = first[mine, None] + within                  # (R, Q), as rows of q
+            at, n = to_device(place, q.device), int(last[place].max()) + 1
+            k, v = (t[to_device(rows[mine], q.device), :, :n] for t in (self.k[l], self.v[l]))
+            seen = to_device(last[place], q.device)[:, None, None, :, None]
+            group = q.shape[1] // n_kv
+            mask = (torch.arange(n, device=q.device) <= seen).expand(-1, -1, group, -1, -1)
+            # as above, the queries of a key head are rows of one product
+            rows_of = q[at].unflatten(2, (n_kv, group)).permute(0, 2, 3, 1, 4).flatten(2, 3)
+            o = F.scaled_dot_product_attention(rows_of, k, v, mask.flatten(2, 3))
+            out[at] = o.unflatten(2, (group, -1)).permute(0, 3, 1, 2, 4).flatten(2, 3)
+        return out.flatten(1)
 
     def decode_view(self, l, row, last):
         """Keys, values, mask and places for one query a row; no copy of a key is made."""
@@ -121,6 +128,16 @@ def neighbours(rows, *lists):
     return side_by_side and all(bool((a == a[0]).all()) for a in lists)
 
 
+def alike(counts):
+    """Groups of rows whose counts (B,) differ by less than a factor of two: arrays of indices."""
+    order = np.argsort(counts, kind="stable")
+    power = np.floor(np.log2(counts[order])).astype(int)
+    return np.split(order, np.flatnonzero(np.diff(power)) + 1)
+
+
 def to_device(array, device):
     """A host array as a tensor there."""
-    return torch.from_numpy(np.ascontiguousarray(array)).to(device)
+    tensor = torch.from_numpy(np.ascontiguousarray(array))
+    # a GPU fetches it when its turn comes, from memory that stays where it is: the host goes on
+    tensor = tensor.pin_memory() if device.type == "cuda" else tensor
+    return tensor.to(device, non_blocking=True)

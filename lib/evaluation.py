@@ -19,7 +19,14 @@ from lib.files import check, digest, save_json
 from lib.flops import PHASES, Meter
 from lib.numbers import standard_error
 from lib.processes import from_all_ranks, rank, shard, share_meter, unshard
-from lib.scoring import batches, by_sample, kl_divergence, response_states, spread_states
+from lib.scoring import (
+    MOST_TOKENS,
+    batches,
+    by_sample,
+    kl_divergence,
+    response_states,
+    spread_states,
+)
 from lib.stage import load_progress, progress, save_progress
 from lib.tasks import encode_pair, keys_of, load_task
 
@@ -46,7 +53,7 @@ def pick(logits, targets):
     return of_target.cpu(), likeliest.cpu()
 
 
-def score_pairs(model, pairs, protocol, max_tokens=2048, meter=None):
+def score_pairs(model, pairs, protocol, max_tokens=MOST_TOKENS, meter=None):
     """(sum of log-probabilities, all greedy) of each continuation.
 
     pairs: [(context ids, continuation ids)], spread over the ranks. protocol causal: each distinct

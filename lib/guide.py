@@ -10,9 +10,11 @@ from dataclasses import asdict, dataclass, replace
 from operator import itemgetter
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
+from lib.cache import to_device
 from lib.calibration import decides
 from lib.files import check, load_json
 from lib.stage import bar
@@ -73,7 +75,7 @@ class Order:
 
     def __call__(self, batch, scores, s):
         """The value of each token (N,) float32: the largest are kept, whatever the sparsity s."""
-        curve = torch.tensor(self.curve, device=scores.value.device)
+        curve = to_device(np.array(self.curve, dtype=np.float32), scores.value.device)
         place = places(batch)[:, 0] * (KNOTS - 1)          # in knots, (N,)
         left = place.long().clamp(max=KNOTS - 2)           # the knot before it
         value = curve[left].lerp(curve[left + 1], place - left)

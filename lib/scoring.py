@@ -9,7 +9,9 @@ from dataclasses import dataclass
 
 import torch
 
-MOST_TOKENS = 2048    # of samples that run together; groups never depend on the number of ranks
+# Of samples that run together: a GPU needs many at once to be busy. Groups never depend on the
+# number of ranks.
+MOST_TOKENS = 16384 if torch.cuda.is_available() else 2048
 
 
 def batches(samples, max_tokens=MOST_TOKENS):

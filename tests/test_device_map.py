@@ -37,6 +37,8 @@ class TwoGPUs(TorchFunctionMode):
         places = [getattr(t, "at", HOST) for t in tensors]
         if func == torch.Tensor.device.__get__:
             return places[0]
+        if func is torch.Tensor.pin_memory:
+            return args[0]
         if func in (torch.Tensor.to, torch.Tensor.cpu):
             there = [HOST] if func is torch.Tensor.cpu else [a for a in (*args[1:], *kwargs.values()) if isinstance(a, torch.device)]
             dtypes = [a for a in (*args[1:], *kwargs.values()) if isinstance(a, torch.dtype)]

@@ -86,7 +86,7 @@ def watched(model, run):
 
     def keep_margins(l, batch, state):
         out = real["margins"](l, batch, state)
-        seen[-1][0] = out[0].detach().clone()
+        seen[-1][0] = out[0].detach().cpu().clone()
         return out
 
     def keep_masks(name):
@@ -94,7 +94,7 @@ def watched(model, run):
             seen.append([torch.full((len(batch.every),), torch.nan), None])
             here = len(seen) - 1
             kept, state = real[name](l, batch, state, noise)
-            seen[here][1] = kept.mask.clone()
+            seen[here][1] = kept.mask.cpu().clone()
             return kept, state
         return route
 
@@ -169,7 +169,7 @@ def test_budget_is_met_exactly(model, example):
         kept = state.kept
         assert kept.counts.tolist() == [quota(m, s) for m in n]
         if kept.rows is not None:
-            by_sequence = torch.zeros(len(n), dtype=torch.int64).index_add(0, packed.seq, kept.mask.long())
+            by_sequence = torch.zeros(len(n), dtype=torch.int64).index_add(0, packed.seq.cpu(), kept.mask.long().cpu())
             assert by_sequence.tolist() == kept.counts.tolist() and kept.rows.tolist() == kept.mask.nonzero()[:, 0].tolist()
             assert s >= 1 or kept.mask[always(packed, s, model.routing.first)].all()
     total = sum(n)
