@@ -55,7 +55,8 @@ def get_args():
         help="uniform sparsities, comma list; 0.30 where there is no schedule")
     add("--untrained", action="store_true",
         help="beside each --sparsity a router of random weights (--synthetic: always)")
-    add("--no_hf", action="store_true", help="leave transformers out")
+    add("--no_hf", action="store_true",
+        help="leave transformers out (with --synthetic it is there on GPUs alone)")
     add("--synthetic", default=None, choices=list(SHAPES),
         help="random weights of this shape instead of --model")
 
@@ -325,7 +326,10 @@ def main():
     # the variants: they share one model, and take turns
     variants = our_variants(args, model, schedule, router)
     if not args.no_hf and not args.synthetic:
-        variants["transformers"] = Transformers(find_model(args.model), model.dtype, model.device)
+        folder = find_model(args.model)
+        variants["transformers"] = Transformers.from_pretrained(folder, model.dtype, model.device)
+    elif not args.no_hf and model.device.type == "cuda":    # a host seldom has room for it twice
+        variants["transformers"] = Transformers.synthetic(args.synthetic, model.dtype, model.device)
     print_variants(variants)
 
     # the clock first, then what would disturb it

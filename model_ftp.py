@@ -33,8 +33,6 @@ from lib.finite import check_finite
 from lib.inputs import check_generation, check_ids, check_input, check_place, id_lists, is_path
 from lib.routing import Routing, make_routing, routing_span
 
-NEAR = 64    # within so many tokens the router tells distances to the prompt's ends apart
-
 # ------------------------------------------------------------------------------------------------
 # who computes
 
@@ -118,7 +116,7 @@ class Router(nn.Module):
         place: the first of position alone. hidden: the state at unit RMS. forecast: how far the
         forecast moves the token, norm r against the state's as r / (1 + r).
         """
-        give = {"position": lambda: positions(batch), "place": lambda: places(batch),
+        give = {"position": lambda: batch.position, "place": lambda: batch.place,
                 "score": lambda: state.scores.value[:, None],
                 "rank": lambda: state.scores.rank[:, None],
                 "sparsity": lambda: torch.full_like(state.scores.value, s)[:, None],
@@ -148,21 +146,6 @@ class Router(nn.Module):
             router = cls(SimpleNamespace(**twin), twin["fingerprint"], **how)
         router.load_state_dict(tensors, assign=True)
         return router
-
-
-def places(batch):
-    """Factor 1 as one number, (N, 1): 0 for a prompt's first token, 1 for its last or a new one."""
-    if batch.new:
-        return torch.ones_like(batch.pos, dtype=torch.float32)[:, None]
-    # in float64, as one float32 division would round otherwise than the routers were trained with
-    return (batch.local.double() / (batch.size - 1).clamp(min=1)).float()[:, None]
-
-
-def positions(batch):
-    """Factor 1 as three numbers, (N, 3): place, distance to the start, distance to the end."""
-    to_end = torch.zeros_like(batch.pos) if batch.new else batch.size - 1 - batch.local
-    near = [(d / NEAR).clamp(0, 1)[:, None] for d in (batch.pos, to_end)]
-    return torch.cat((places(batch), *near), 1)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -344,7 +327,7 @@ class FTPModel(nn.Module):
             return batch.all, state
         if s >= 1:                                              # removed, for every token
             return batch.none, state
-        if r.leader[l] < l:                                     # a group shares its first decision
+        if r.leader[l] < l:                                     # the one before decides for it, too
             return state.kept, state
         if r.router == "static":
             return newest(batch, s, r.first), state

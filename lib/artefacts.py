@@ -97,9 +97,9 @@ class Schedule:
         """Whether it removes blocks or sub-blocks."""
         return max(self.sparsity) >= 1 or any(part != "both" for part in self.parts or [])
 
-    def leaders(self, group):
+    def leaders(self, group, alike=False):
         """The block whose decision each block takes, see leaders() in lib/config.py."""
-        return leaders(self.sparsity, group)
+        return leaders(self.sparsity, group, alike)
 
     def grouped(self, group):
         """This schedule with the sparsity averaged over blocks that share a decision."""

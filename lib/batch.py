@@ -1,5 +1,5 @@
 """Packed tokens: who is in a batch, and who of them computes a block."""
-from functools import partial
+from functools import cached_property, partial
 
 import numpy as np
 import torch
@@ -9,6 +9,7 @@ from lib.config import quota
 
 MULTIPLE = 8     # CPU kernels are made anew for each number of rows: a prompt of a length not met
                  # before took 479 ms, a repeated one 451; in multiples of eight 412 and 422
+NEAR = 64        # within so many tokens the router tells distances to the prompt's ends apart
 
 
 class Batch:
@@ -38,6 +39,21 @@ class Batch:
         self.rope = rope.index_select(1, self.pos)              # (2, N, head_dim): cos and sin
         self.all = Kept(self, None, lengths)
         self.none = Kept(self, self.every[:0], np.zeros_like(lengths))
+
+    @cached_property
+    def place(self):
+        """Factor 1 as one number, (N, 1): 0: first of a prompt, 1: its last, or a new one."""
+        if self.new:
+            return torch.ones_like(self.pos, dtype=torch.float32)[:, None]
+        # in float64, as one float32 division would round otherwise than routers were trained with
+        return (self.local.double() / (self.size - 1).clamp(min=1)).float()[:, None]
+
+    @cached_property
+    def position(self):
+        """Factor 1 as three numbers, (N, 3): place, distance to the start, distance to the end."""
+        to_end = torch.zeros_like(self.pos) if self.new else self.size - 1 - self.local
+        near = [(d / NEAR).clamp(0, 1)[:, None] for d in (self.pos, to_end)]
+        return torch.cat((self.place, *near), 1)
 
     def on(self, device):
         """This Batch on another device, for a model that is spread over several."""

@@ -235,15 +235,16 @@ def quota(T, s):
     return min(T, max(2, kept))
 
 
-def leaders(sparsity, group):
+def leaders(sparsity, group, alike=False):
     """The block whose decision each block takes, a list of block numbers.
 
-    Of up to `group` neighbouring blocks that skip, the first one decides for all.
+    Of up to `group` neighbouring blocks that skip, the first one decides for all. alike: so it
+    does for those of its sparsity, as they would decide the same.
     """
     lead = []
     for l, s in enumerate(sparsity):
         skips = 0 < s < 1 and l > 0 and 0 < sparsity[l - 1] < 1
-        follows = skips and l - lead[-1] < group
+        follows = skips and (l - lead[-1] < group or alike and s == sparsity[l - 1])
         lead.append(lead[-1] if follows else l)
     return lead
 

@@ -18,7 +18,7 @@ from lib.cache import to_device
 from lib.calibration import decides
 from lib.files import check, load_json
 from lib.stage import bar
-from model_ftp import choose, places
+from model_ftp import choose
 
 # What an order is made of.
 KNOTS = 6           # of its curve: enough for a fall, a rise and a bend between
@@ -76,7 +76,7 @@ class Order:
     def __call__(self, batch, scores, s):
         """The value of each token (N,) float32: the largest are kept, whatever the sparsity s."""
         curve = to_device(np.array(self.curve, dtype=np.float32), scores.value.device)
-        place = places(batch)[:, 0] * (KNOTS - 1)          # in knots, (N,)
+        place = batch.place[:, 0] * (KNOTS - 1)          # in knots, (N,)
         left = place.long().clamp(max=KNOTS - 2)           # the knot before it
         value = curve[left].lerp(curve[left + 1], place - left)
         value = value + self.weights[0] * scores.value + self.weights[1] * scores.rank

@@ -22,7 +22,8 @@ class Routing:
     """A schedule and a router, and the settings that they run under.
 
     sparsity, leader (n_layer,): of each block the share of tokens that skip it, and the block
-    whose decision it takes. router: "static", "random", "attention", a Router or a function.
+    whose decision it takes, itself or one before. router: "static", "random", "attention", a Router
+    or a function.
     thresholds (n_layer,): margins from which new tokens compute, under decode "threshold".
     skipped: None where a skipped token leaves nothing (the paper), else lib/skipped.Skipped.
     window: the last so many queries make the scores, or "mean". seed: of random selection. first:
@@ -125,11 +126,22 @@ def make_routing(model, schedule=None, router="static", *, prefill="topk", decod
     n_layer = model.config.n_layer
     check(group <= n_layer, f"--group {group}: more than the model's {n_layer} blocks; lower it")
     grouped = schedule.grouped(group)
+    leader = grouped.leaders(group, decides_alike(router, one_pass))
     return Routing(
-        sparsity=tuple(grouped.sparsity), leader=tuple(grouped.leaders(group)), schedule=grouped,
+        sparsity=tuple(grouped.sparsity), leader=tuple(leader), schedule=grouped,
         router=router, prefill=prefill, decode=decode, thresholds=thresholds, one_pass=one_pass,
         skipped=Skipped(kv == "keep", forecaster) if kv == "keep" or forecaster else None,
         window=score or (router.score if learned else WINDOW), seed=seed, first=schedule.first)
+
+
+def decides_alike(router, one_pass):
+    """Whether a router would decide the same for neighbouring blocks of equal sparsity."""
+    if router == "static":
+        return True
+    learned = isinstance(router, torch.nn.Module)
+    if learned and (router.kind != "global" or {"hidden", "forecast"} & set(router.inputs)):
+        return False                                    # what it reads differs between blocks
+    return one_pass and router != "random"
 
 
 def check_choices(**given):

@@ -217,14 +217,28 @@ class Transformers:
     Prompts of unequal length are padded on the left.
     """
 
-    def __init__(self, folder, dtype, device):
+    def __init__(self, model):
+        self.model = model.eval()
+        self.mask = self.past = None
+
+    @classmethod
+    def from_pretrained(cls, folder, dtype, device):
         from transformers import AutoModelForCausalLM
         from transformers.utils import logging
         logging.disable_progress_bar()             # of its loading
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype,
                                                      attn_implementation="sdpa")
-        self.model = model.to(device).eval()
-        self.mask = self.past = None
+        return cls(model.to(device))
+
+    @classmethod
+    def synthetic(cls, shape, dtype, device):
+        """Random weights of a known shape, its own: a second copy beside ours."""
+        from transformers import AutoConfig, AutoModelForCausalLM
+        config = AutoConfig.for_model(**shape_config(shape))
+        with torch.device(device):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype,
+                                                     attn_implementation="sdpa")
+        return cls(model)
 
     def ready(self):
         pass

@@ -15,6 +15,7 @@ from test_model import (  # noqa: F401  run here once more, with the models of t
     test_a_state_that_is_kept_stays_as_it_was,
     test_batch_equals_one_by_one,
     test_blocks_share_a_decision,
+    test_blocks_that_would_decide_alike_share,
     test_cached_decode_equals_one_pass,
     test_decode_meets_its_threshold,
     test_ends_are_always_kept,

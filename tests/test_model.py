@@ -312,6 +312,27 @@ def test_blocks_share_a_decision(tiny, schedule):
     tiny.use()
 
 
+def test_blocks_that_would_decide_alike_share(tiny):
+    """One decision serves neighbours of equal sparsity where nothing that it reads differs: as if each had decided."""
+    schedule = Schedule([0.0, 0.4, 0.4, 0.2, 0.4, 0.4], tiny.fingerprint)
+    shared, own = (0, 1, 1, 3, 4, 4), tuple(range(6))
+    router = make_router(tiny, schedule)
+    samples = [(tokens(70, 1), tokens(20, 2)), (tokens(9, 3), tokens(21, 4))]
+    for how, want in ((dict(router="static"), shared), (dict(router="attention", one_pass=True), shared), (dict(router="random", one_pass=True), own),
+                      (dict(router="attention"), own), (dict(router=router, one_pass=True, decode="threshold"), shared), (dict(router=router), own),
+                      (dict(router=lambda batch, scores, s: scores.value, one_pass=True), shared),
+                      (dict(router=make_router(tiny, inputs=("position", "hidden")), one_pass=True), own),
+                      (dict(router=make_router(tiny, kind="recurrent"), one_pass=True), own), (dict(router=make_router(tiny, kind="local"), one_pass=True), own)):
+        tiny.use(schedule, **how)
+        assert tiny.routing.leader == want
+        if tiny.routing.decode == "threshold":                  # those of followers, which their leader's stand for
+            tiny.routing = replace(tiny.routing, thresholds=(0.0, 0.1, 0.1, 0.2, -0.1, -0.1))
+        got = torch.cat(gathered_rows(tiny, samples))
+        tiny.routing = replace(tiny.routing, leader=own)
+        assert torch.equal(torch.cat(gathered_rows(tiny, samples)), got)
+    tiny.use()
+
+
 def test_static_order(tiny, schedule):
     tiny.use(schedule)
     batch = tiny.batch([tokens(10)])

@@ -448,7 +448,7 @@ def test_benchmark(made, workshop, tmp_path):
 
 def test_benchmark_of_ragged_batches(workshop, tmp_path):
     """Both sides of the comparison see the same prompts: packed here, padded there, equal logits in prefill and decode."""
-    ours, theirs = Ours(FTPModel.from_pretrained(workshop[0])), Transformers(workshop[0], torch.float32, "cpu")
+    ours, theirs = Ours(FTPModel.from_pretrained(workshop[0])), Transformers.from_pretrained(workshop[0], torch.float32, "cpu")
     ids = [[5, 6, 7], list(range(10, 30)), [40]]
     for got, want in ((ours.prefill(ids), theirs.prefill(ids)), *((ours.decode(t), theirs.decode(t)) for t in ([8, 9, 10], [11, 12, 13]))):
         assert (got - want).abs().max() < 1e-4 * want.abs().max()

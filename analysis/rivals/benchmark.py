@@ -197,7 +197,8 @@ def main():
     if args.peers:
         variants |= removal_variants(args, model, schedule)
     if not args.no_hf and not args.synthetic:
-        variants["transformers"] = Transformers(find_model(args.model), model.dtype, model.device)
+        folder = find_model(args.model)
+        variants["transformers"] = Transformers.from_pretrained(folder, model.dtype, model.device)
     check_names(peers, variants, "a variant's name")
     variants |= rival_variants(args, model, peers)
     print_variants(variants)
