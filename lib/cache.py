@@ -71,16 +71,23 @@ class KVCache:
             # short rows are filled up with their last query, which gives the same once more
             within = np.minimum(np.arange(counts[mine].max()), counts[mine, None] - 1)
             place = first[mine, None] + within                  # (R, Q), as rows of q
-            at, n = to_device(place, q.device), int(last[place].max()) + 1
-            k, v = (t[to_device(rows[mine], q.device), :, :n] for t in (self.k[l], self.v[l]))
-            seen = to_device(last[place], q.device)[:, None, None, :, None]
-            group = q.shape[1] // n_kv
-            mask = (torch.arange(n, device=q.device) <= seen).expand(-1, -1, group, -1, -1)
-            # as above, the queries of a key head are rows of one product
-            rows_of = q[at].unflatten(2, (n_kv, group)).permute(0, 2, 3, 1, 4).flatten(2, 3)
-            o = F.scaled_dot_product_attention(rows_of, k, v, mask.flatten(2, 3))
-            out[at] = o.unflatten(2, (group, -1)).permute(0, 3, 1, 2, 4).flatten(2, 3)
+            at = to_device(place, q.device)
+            out[at] = self.attend_rows(l, q[at], rows[mine], last[place])
         return out.flatten(1)
+
+    def attend_rows(self, l, q, rows, last):
+        """Attention of as many queries in each of the cache rows `rows`, q (R, Q, n_head, D), over
+        their keys up to `last` (R, Q), host arrays -> (R, Q, n_head, D)."""
+        n, at = int(last.max()) + 1, to_device(rows, q.device)
+        k, v = self.k[l][at, :, :n], self.v[l][at, :, :n]
+        n_kv = k.shape[1]
+        group = q.shape[2] // n_kv
+        seen = torch.arange(n, device=q.device) <= to_device(last, q.device)[:, :, None]
+        mask = seen.repeat(1, group, 1)[:, None]                # (R, 1, group * Q, n)
+        # as when decoding, the queries of a key head are rows of one product
+        q = q.unflatten(2, (n_kv, group)).permute(0, 2, 3, 1, 4).flatten(2, 3)
+        out = F.scaled_dot_product_attention(q, k, v, mask)
+        return out.unflatten(2, (group, -1)).permute(0, 3, 1, 2, 4).flatten(2, 3)
 
     def decode_view(self, l, row, last):
         """Keys, values, mask and places for one query a row; no copy of a key is made."""
