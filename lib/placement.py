@@ -90,9 +90,9 @@ def state_to(state, device):
 
 def kept_to(kept, device):
     """The Kept on `device`."""
-    rows = None if kept.rows is None else kept.rows.to(device)
-    margin = None if kept.margin is None else kept.margin.to(device)
-    return type(kept)(batch_to(kept.batch, device), rows, kept.counts, margin)
+    tensors = kept.rows, kept.margin, kept.free
+    rows, margin, free = (None if t is None else t.to(device) for t in tensors)
+    return type(kept)(batch_to(kept.batch, device), rows, kept.counts, margin, free)
 
 
 def place_blocks(spec, config, itemsize, free=None):
