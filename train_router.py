@@ -468,7 +468,8 @@ def find_guide(lab, data, known, static):
         def kl_of(order):
             return float(routed_kl(lab, order, few).mean())
 
-        guide, tried = search_guide(kl_of, args.guide_evals, random.Random(args.seed))
+        rng = random.Random(args.seed)
+        guide, tried = search_guide(kl_of, args.guide_evals, rng, args.span)
         found = f"KL {min(tried):.4f} (static order {tried[0]:.4f}) after {len(tried)} orders"
     watched = routed_kl(lab, guide, data.watched).mean()
     print(f"guide: {found}, watched {watched:.4f}; {guide}", flush=True)

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from lib.batch import of_spans
 from lib.cache import to_device
 from lib.calibration import decides
 from lib.files import check, load_json
@@ -28,6 +29,7 @@ BEYOND = 9.0        # puts head and tail beyond any value that curve and weights
 DIPS = (0.4, 0.6, 0.8)                # curves lowest at this place: both ends are kept, V-shaped
 HEADS = (8, 16, 24, 32, 48, 20)       # tokens after the first that go before all others
 RANKS = (0.5, 1.0, 2.0)               # what the rank of the attention counts beside the best curve
+NEWEST = (0.0, 0.0, 0.0, 0.0, 0.0, 2.0)    # a curve: some of the newest, then by attention alone
 
 # How the search evolves: an order is ten numbers, and some thirty trials are left for them.
 PARENTS = 4                           # the best so far, of which a new one is made
@@ -44,12 +46,14 @@ class Order:
 
     A token's value is a piecewise-linear curve over its place in the prompt, plus weights times
     its attention score and its rank. The first `head` tokens go before all others (but for the
-    very first, which stays), the last `tail` stay the longest.
+    very first, which stays), the last `tail` stay the longest. Of `span` neighbours each has the
+    mean.
     """
     curve: list                       # (KNOTS,) values at even distances, oldest to newest
     weights: list                     # of score and rank
     head: int = 0
     tail: int = 0
+    span: int = 1
 
     @classmethod
     def of_curve(cls, curve, head=0):
@@ -64,14 +68,15 @@ class Order:
     @classmethod
     def of_router(cls, path):
         """The guide that the router file at `path` was trained with. FTPError if it has none."""
-        form = {"curve": [float], "weights": [float], "head": int, "tail": int}
+        form = {"curve": [float], "weights": [float], "head": int, "tail": int,
+                "span": (int, None)}
         check(Path(path).name, f"--guide {path}: no file; give a router's, or search or static")
         twin = Path(path).with_suffix(".json")
         stored = load_json(twin, "ftp-router-1", "--guide", {"meta": {"guide": form}})
         guide = stored["meta"]["guide"]
         check(len(guide["curve"]) == KNOTS and len(guide["weights"]) == 2,
               f"--guide: {path} is damaged (its guide has another shape); give another router")
-        return cls(*(guide[name] for name in form))
+        return cls(**{name: guide[name] for name in form if guide.get(name) is not None})
 
     def __call__(self, batch, scores, s):
         """The value of each token (N,) float32: the largest are kept, whatever the sparsity s."""
@@ -82,7 +87,8 @@ class Order:
         value = value + self.weights[0] * scores.value + self.weights[1] * scores.rank
         in_tail = batch.local >= batch.size - self.tail
         in_head = batch.local < self.head
-        return value + BEYOND * (in_tail.float() - in_head.float())
+        value = value + BEYOND * (in_tail.float() - in_head.float())
+        return of_spans(value, batch, self.span)
 
     def child(self, other, rng, width):
         """A neighbour whose values lie between this order's and another's, with some noise."""
@@ -100,12 +106,13 @@ class Order:
         weights = blend(self.weights, other.weights)
         head = jump(self.head, P_HEAD)
         tail = jump(self.tail, P_TAIL)
-        return Order(curve, weights, head, tail)
+        return Order(curve, weights, head, tail, self.span)
 
     def __str__(self):
         curve = [round(v, 2) for v in self.curve]
         weights = [round(v, 2) for v in self.weights]
-        return f"curve {curve}, weights {weights}, head {self.head}, tail {self.tail}"
+        spans = f", spans of {self.span}" if self.span > 1 else ""
+        return f"curve {curve}, weights {weights}, head {self.head}, tail {self.tail}{spans}"
 
     def as_dict(self):
         """What artefacts store of it."""
@@ -128,23 +135,26 @@ def simple_curves():
     return [line, line[::-1], *dips]
 
 
-def search_guide(score, evaluations, rng):
+def search_guide(score, evaluations, rng, span=1):
     """The order of lowest score(order) -> it, and the scores of all in the order of trying.
 
     Simple curves come first (the paper's is the very first), then the best of them with heads, and
     with the attention; then an evolution strategy, which alone draws from rng, a random.Random.
+    span: of all orders.
     """
     curves = simple_curves()
+    first = len(curves), len(HEADS), len(RANKS)
     tried = []                                             # (score, order)
     for n in bar(range(evaluations), desc="guide search", unit="order"):
         best = sorted(tried, key=itemgetter(0))
-        if n < len(curves):
-            order = Order.of_curve(curves[n])
-        elif n < len(curves) + len(HEADS):
-            order = Order.of_curve(best[0][1].curve, HEADS[n - len(curves)])
-        elif n < len(curves) + len(HEADS) + len(RANKS):
-            rank = RANKS[n - len(curves) - len(HEADS)]
-            order = replace(best[0][1], weights=[0.0, rank])
+        if n < first[0]:
+            order = Order(curves[n], [0.0, 0.0], span=span)
+        elif n < sum(first[:2]):
+            order = replace(best[0][1], head=HEADS[n - first[0]])
+        elif n < sum(first):
+            order = replace(best[0][1], weights=[0.0, RANKS[n - sum(first[:2])]])
+        elif n == sum(first):
+            order = Order(list(NEWEST), [0.0, 1.0], span=span)
         else:
             mother = best[int(PARENTS * rng.random() ** ELITISM)][1]
             father = best[rng.randrange(PARENTS)][1]

@@ -196,6 +196,21 @@ def test_the_guide_search_tries_the_attention():
     """After curves and heads, before any draw: an order that only the rank of the attention makes is found."""
     best, tried = search_guide(lambda order: -order.weights[1] + 0.1 * order.head, 14, random.Random(0))
     assert best.weights == [0.0, 2.0] and best.head == 0 and len(tried) == 14 and tried[0] == 0
+    seen = []
+    search_guide(lambda order: seen.append(order) or 0.0, 20, random.Random(0), span=4)
+    assert all(order.span == 4 for order in seen) and seen[14] == Order([0.0] * 5 + [2.0], [0.0, 1.0], span=4)
+
+
+def test_an_order_of_spans(workshop):
+    """Neighbours have the mean of their values; within a span, and there alone, the later come first."""
+    model = FTPModel.from_pretrained(workshop[0])
+    batch = model.batch([tokens(20), tokens(7, 1)])
+    state = model.begin(batch)
+    one, four = (Order.static()(batch, state.scores, 0.3), replace(Order.static(), span=4)(batch, state.scores, 0.3))
+    for first, n in ((0, 20), (20, 7)):
+        for i in range(first, first + n, 4):
+            end = min(i + 4, first + n)
+            assert torch.allclose(four[i:end], one[i:end].mean().expand(end - i), atol=1e-4) and (four[i:end].diff() > 0).all()
 
 
 def test_a_schedule_from_a_block_on(workshop, tmp_path):
