@@ -128,7 +128,7 @@ def get_args():
         help="an order (the paper), or what each span of the training samples is worth to them")
     add("--worth_span", type=whole("[1, inf)"), default=8, help="tokens of a span measured so")
     add("--guide", default="search",
-        help='"search" for the order on the samples, "static" (the paper\'s), or a router\'s file')
+        help='"search", "static" (the paper\'s), "attended" (newest, then attended), or a router')
     add("--guide_evals", type=whole("[1, inf)"), default=40, help="orders tried by the search")
     add("--guide_samples", type=whole("[1, inf)"), default=24, help="samples it measures on")
     add("--warmup", type=whole("[0, inf)"), default=1500, help="steps of the guide loss alone")
@@ -459,7 +459,9 @@ def find_guide(lab, data, known, static):
     args, model = lab.args, lab.model
     if args.guide == "static":
         return Order.static()
-    if known is not None:
+    if args.guide == "attended":
+        guide, found = Order.attended(args.span), "asked for"
+    elif known is not None:
         guide, found = known, f"from {args.guide}"
     else:
         # measured as inference runs, not by the masked block: an order needs no gradients
@@ -692,7 +694,8 @@ def main():
     args = get_args()
     schedule = Schedule.load(args.schedule)
     forecaster = Forecaster.load(args.forecaster) if args.forecaster else None
-    known = None if args.guide in ("search", "static") else Order.of_router(args.guide)
+    named = args.guide in ("search", "static", "attended")
+    known = None if named else Order.of_router(args.guide)
     check_args(args, schedule, forecaster)
 
     # not packed: packed weights give no gradients. Used at once, to be refused before any work

@@ -29,7 +29,7 @@ BEYOND = 9.0        # puts head and tail beyond any value that curve and weights
 DIPS = (0.4, 0.6, 0.8)                # curves lowest at this place: both ends are kept, V-shaped
 HEADS = (8, 16, 24, 32, 48, 20)       # tokens after the first that go before all others
 RANKS = (0.5, 1.0, 2.0)               # what the rank of the attention counts beside the best curve
-NEWEST = (0.0, 0.0, 0.0, 0.0, 0.0, 2.0)    # a curve: some of the newest, then by attention alone
+NEWEST = (0.0, 0.0, 0.0, 0.0, 2.0, 4.0)    # a curve: a third of newest, then by attention alone
 
 # How the search evolves: an order is ten numbers, and some thirty trials are left for them.
 PARENTS = 4                           # the best so far, of which a new one is made
@@ -66,11 +66,16 @@ class Order:
         return cls.of_curve(i / (KNOTS - 1) for i in range(KNOTS))
 
     @classmethod
+    def attended(cls, span=1):
+        """Some of the newest, then those that the last queries attend to most."""
+        return cls(list(NEWEST), [0.0, 1.0], span=span)
+
+    @classmethod
     def of_router(cls, path):
         """The guide that the router file at `path` was trained with. FTPError if it has none."""
         form = {"curve": [float], "weights": [float], "head": int, "tail": int,
                 "span": (int, None)}
-        check(Path(path).name, f"--guide {path}: no file; give a router's, or search or static")
+        check(Path(path).name, f"--guide {path}: no file; give a router's, search, static or attended")
         twin = Path(path).with_suffix(".json")
         stored = load_json(twin, "ftp-router-1", "--guide", {"meta": {"guide": form}})
         guide = stored["meta"]["guide"]
@@ -154,7 +159,7 @@ def search_guide(score, evaluations, rng, span=1):
         elif n < sum(first):
             order = replace(best[0][1], weights=[0.0, RANKS[n - sum(first[:2])]])
         elif n == sum(first):
-            order = Order(list(NEWEST), [0.0, 1.0], span=span)
+            order = Order.attended(span)
         else:
             mother = best[int(PARENTS * rng.random() ** ELITISM)][1]
             father = best[rng.randrange(PARENTS)][1]

@@ -198,7 +198,7 @@ def test_the_guide_search_tries_the_attention():
     assert best.weights == [0.0, 2.0] and best.head == 0 and len(tried) == 14 and tried[0] == 0
     seen = []
     search_guide(lambda order: seen.append(order) or 0.0, 20, random.Random(0), span=4)
-    assert all(order.span == 4 for order in seen) and seen[14] == Order([0.0] * 5 + [2.0], [0.0, 1.0], span=4)
+    assert all(order.span == 4 for order in seen) and seen[14] == Order.attended(4)
 
 
 def test_an_order_of_spans(workshop):
