@@ -75,7 +75,8 @@ class Order:
         """The guide that the router file at `path` was trained with. FTPError if it has none."""
         form = {"curve": [float], "weights": [float], "head": int, "tail": int,
                 "span": (int, None)}
-        check(Path(path).name, f"--guide {path}: no file; give a router's, search, static or attended")
+        check(Path(path).name, f"--guide {path}: no file; give a router's, or search, static or "
+                               "attended")
         twin = Path(path).with_suffix(".json")
         stored = load_json(twin, "ftp-router-1", "--guide", {"meta": {"guide": form}})
         guide = stored["meta"]["guide"]
