@@ -257,6 +257,10 @@ def test_a_guide_may_be_taken_from_another_router(made, workshop, tmp_path):
     assert "orders" not in got.stdout and f"guide: from {made}" in got.stdout
     a, b = (Router.load(p / "router.safetensors") for p in (made, tmp_path))
     assert a.meta["guide"] == b.meta["guide"] and all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters()))
+    got = train(workshop, tmp_path / "attended", made / "schedule.json", "--steps", 2, "--guide", "attended", "--span", 4)
+    assert "orders" not in got.stdout and "guide: asked for, watched" in got.stdout and f"{Order.attended(4)}" in got.stdout
+    stored = Router.load(tmp_path / "attended" / "router.safetensors").meta["guide"]
+    assert Order(**stored) in (Order.attended(4), Order.static())      # the watched samples may prefer the static order
     o = json.loads((made / "router.json").read_text())
     for guide in (None, {**o["meta"]["guide"], "curve": [1.0]}, {**o["meta"]["guide"], "head": "many"}):
         (tmp_path / "bad.json").write_text(json.dumps(o | {"meta": {**o["meta"], "guide": guide}}))
