@@ -176,8 +176,8 @@ def decisions_of(model, router, samples, wanted=None):
     """What `router` would see where the model, routed by a guide, decides about prompts.
 
     samples: [(prompt ids, response ids)]. -> [(block, factors (N, n_inputs), free (N,), the guide's
-    decisions about the free tokens (n,): 1 compute, 0 skip)], on the model's device. One run of the
-    LLM.
+    decisions about the free tokens (n,): 1 compute, 0 skip)], on the model's device, and the Batch.
+    One run of the LLM.
     wanted: function (batch, scores, s, free) -> (n,), to be learned instead of the decisions.
     """
     batch = model.batch([prompt for prompt, _ in samples])
@@ -196,11 +196,12 @@ def decisions_of(model, router, samples, wanted=None):
                 target = wanted(kept.batch, state.scores, s, free)
             found.append((l, *(t.to(model.device) for t in (factors, free, target))))
         state = model.prefill_step(l, batch, state)
-    return found
+    return found, batch
 
 
-def imitate(router, blocks, steps, lr, loss_of=F.binary_cross_entropy_with_logits):
-    """Guide loss alone, without the LLM: the router learns what decisions_of() gave in `blocks`.
+def imitate(router, blocks, batch, steps, lr, loss_of=F.binary_cross_entropy_with_logits):
+    """Guide loss alone, without the LLM: the router learns what decisions_of() gave, blocks and
+    their batch.
 
     lr: at the start, it falls to 0. loss_of: of margins and targets. -> its last value, a mean over
     blocks; nan if no steps.
@@ -213,6 +214,7 @@ def imitate(router, blocks, steps, lr, loss_of=F.binary_cross_entropy_with_logit
         memory, loss = None, 0.0
         for l, factors, free, target in blocks:
             margin, memory = router(l, factors, memory)
+            margin = of_spans(margin, batch, router.span)       # as it will decide
             loss = loss + loss_of(margin[free], target) / len(blocks)
         optimizer.zero_grad()
         loss.backward()

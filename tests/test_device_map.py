@@ -140,7 +140,7 @@ def test_search_and_training_on_a_split_model(folder, split):
         torch.manual_seed(0)
         router, guide = Router(m.config, m.fingerprint).to(m.device), Order.static()
         m.use(s, guide)
-        entropy = imitate(router, decisions_of(m, router, SAMPLES), 3, 0.02)
+        entropy = imitate(router, *decisions_of(m, router, SAMPLES), 3, 0.02)
         m.use(Schedule([0.0, 0.3, 0.5, 0.5, 0.2, 0.4], m.fingerprint), router, one_pass=True)  # block 3, there, takes the decision of 2, here
         assert m.routing.leader[3] == 2
         pair = scoring.make_pair(m, SAMPLES)
