@@ -503,12 +503,12 @@ def warm_up(lab, guide, samples):
     if isinstance(guide, Oracle):
         # not along its own path: old scores of skipped tokens would give its decisions away
         lab.use(Order.static())
-        shown = decisions_of(lab.model, router, samples, guide.margins)
-        error = imitate(router, *shown, args.warmup, args.warmup_lr, F.mse_loss)
+        blocks, batch = decisions_of(lab.model, router, samples, guide.margins)
+        error = imitate(router, blocks, batch, args.warmup, args.warmup_lr, F.mse_loss)
     else:
         lab.use(guide)
-        shown = decisions_of(lab.model, router, samples)
-        error = imitate(router, *shown, args.warmup, args.warmup_lr)
+        blocks, batch = decisions_of(lab.model, router, samples)
+        error = imitate(router, blocks, batch, args.warmup, args.warmup_lr)
     # each rank did it, and may round differently: the first one's router counts
     mine = dict(router.named_parameters())
     first = gather({name: value.detach().cpu() for name, value in mine.items()})[0]
