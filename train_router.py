@@ -15,8 +15,9 @@
 Decisions are hard in the forward pass, with the quotas of inference, and straight-through in the
 backward pass. The guide is a keeping order by position and score. The paper's is {first, newest ...
 oldest} (--guide static). By default a better one is searched for on the samples, and the router
-learns to imitate it before the distillation starts. With --teach worth it imitates instead what
-each span of the prompt is worth to the answer (lib/worth.py).
+learns to imitate it before the distillation starts; --guide attended names one that few samples
+may miss. With --teach worth it imitates instead what each span of the prompt is worth to the answer
+(lib/worth.py).
 
 Under torchrun the samples of a step are spread over the ranks, and the gradients summed here. This
 is not DistributedDataParallel, which wraps one forward of one module: each block calls the router

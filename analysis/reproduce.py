@@ -115,8 +115,8 @@ def second_model(args, add, quality):
     """Steps of Qwen2.5-Coder-1.5B, ten times larger: budgets that 2 cores can bear."""
     out, model = f"{args.out_dir}/qwen-0.30", ["--model", "qwen2.5-coder-1.5b"]
     text = ["--data", args.calibration, "--max_prompt", 256, "--max_response", 64]
-    stage = [*model, *text, "--nwatch", 12, "--out_dir", out, "--resume"]
-    watched = [*model, *text, "--nwatch", 48, "--out_dir", out, "--resume"]    # else noise decides
+    common = [*model, *text, "--out_dir", out, "--resume"]
+    stage = [*common, "--nwatch", 12]
     schedule = ["--schedule", f"{out}/schedule.json"]
     router = ["--router", f"{out}/router.safetensors", "--one_pass"]
     part = "qwen-0.30"
@@ -126,7 +126,7 @@ def second_model(args, add, quality):
         "--population", 8, "--patience", 2, "--max_states", 300, *stage)
     add(part, "train_router.py", *schedule, "--one_pass", "--span", 8, "--guide", "attended",
         "--nsamples", 24, "--warmup_samples", 24, "--steps", 8, "--eval_every", 8,
-        "--calibration_samples", 4, *watched)
+        "--calibration_samples", 4, "--nwatch", 48, *common)   # of fewer, noise decides
     add(part, "finetune_static.py", *schedule, *router, "--nsamples", 12, "--evaluations", 14,
         "--population", 6, "--elite", 2, "--max_states", 200, "--calibration_samples", 4, *stage)
     add(part, "search_scheduler.py", *model, *text, "--method", "late", "--flops_saved", 0.30,

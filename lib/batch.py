@@ -17,8 +17,8 @@ class Batch:
 
     lengths, start, past, rows (B,): host arrays. past: tokens that came before; rows: cache rows.
     seq, local, pos, size (N,): of each token its sequence, its place in it, its position, and the
-    length of its sequence. last (B,), is_last (N,): the sequences' last tokens, as rows and as a
-    mask. last_only: of prompts, that nobody reads the last block's output of other rows.
+    length of its sequence. last (B,): rows of the sequences' last tokens. last_only: of prompts,
+    that nobody reads the last block's output of other rows.
     """
     def __init__(self, seqs, rope, past=None, rows=None, last_only=False):
         device, self.last_only = rope.device, last_only
@@ -34,11 +34,16 @@ class Batch:
         self.seq, self.local, self.size = to(seq), to(local), to(lengths[seq])
         self.pos = to(local + self.past[seq])
         self.every = torch.arange(len(seq), device=device)
-        self.last, self.is_last = to(self.start + lengths - 1), self.local == self.size - 1
+        self.last = to(self.start + lengths - 1)
         self.whole_rope = rope
         self.rope = rope.index_select(1, self.pos)              # (2, N, head_dim): cos and sin
         self.all = Kept(self, None, lengths)
         self.none = Kept(self, self.every[:0], np.zeros_like(lengths))
+
+    @cached_property
+    def is_last(self):
+        """The sequences' last tokens as a mask, (N,)."""
+        return self.local == self.size - 1
 
     @cached_property
     def place(self):

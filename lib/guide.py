@@ -56,14 +56,9 @@ class Order:
     span: int = 1
 
     @classmethod
-    def of_curve(cls, curve, head=0):
-        """An order by the place alone."""
-        return cls(list(curve), [0.0, 0.0], head)
-
-    @classmethod
     def static(cls):
         """The paper's order {first, newest ... oldest}."""
-        return cls.of_curve(i / (KNOTS - 1) for i in range(KNOTS))
+        return cls([i / (KNOTS - 1) for i in range(KNOTS)], [0.0, 0.0])
 
     @classmethod
     def attended(cls, span=1):
@@ -148,19 +143,18 @@ def search_guide(score, evaluations, rng, span=1):
     with the attention; then an evolution strategy, which alone draws from rng, a random.Random.
     span: of all orders.
     """
-    curves = simple_curves()
-    first = len(curves), len(HEADS), len(RANKS)
+    start = replace(Order.static(), span=span)
+    changes = [                                            # of the best so far, one after another
+        *({"curve": curve} for curve in simple_curves()),
+        *({"head": head} for head in HEADS),
+        *({"weights": [0.0, rank]} for rank in RANKS),
+        Order.attended(span).as_dict(),
+    ]
     tried = []                                             # (score, order)
     for n in bar(range(evaluations), desc="guide search", unit="order"):
         best = sorted(tried, key=itemgetter(0))
-        if n < first[0]:
-            order = Order(curves[n], [0.0, 0.0], span=span)
-        elif n < sum(first[:2]):
-            order = replace(best[0][1], head=HEADS[n - first[0]])
-        elif n < sum(first):
-            order = replace(best[0][1], weights=[0.0, RANKS[n - sum(first[:2])]])
-        elif n == sum(first):
-            order = Order.attended(span)
+        if n < len(changes):
+            order = replace(best[0][1] if best else start, **changes[n])
         else:
             mother = best[int(PARENTS * rng.random() ** ELITISM)][1]
             father = best[rng.randrange(PARENTS)][1]

@@ -23,11 +23,10 @@ class Routing:
 
     sparsity, leader (n_layer,): of each block the share of tokens that skip it, and the block
     whose decision it takes, itself or one before. router: "static", "random", "attention", a Router
-    or a function.
-    thresholds (n_layer,): margins from which new tokens compute, under decode "threshold".
-    skipped: None where a skipped token leaves nothing (the paper), else lib/skipped.Skipped.
-    window: the last so many queries make the scores, or "mean". seed: of random selection. first:
-    so many first tokens of a prompt always compute, as the schedule says.
+    or a function. thresholds (n_layer,): margins from which new tokens compute, under decode
+    "threshold". skipped: None where a skipped token leaves nothing (the paper), else
+    lib/skipped.Skipped. window: the last so many queries make the scores, or "mean". seed: of
+    random selection. first: so many first tokens of a prompt always compute, as the schedule says.
     """
     sparsity: tuple
     leader: tuple
