@@ -125,11 +125,16 @@ def joint_states(model, group, pair, meter):
     """The same rows of prompts and responses that are routed together."""
     batch = model.batch([[*prompt, *response] for prompt, response in group])
     state = model.run(model.prefill_step, batch, None, meter)
+    return state.x[joint_rows(batch, group).to(state.x.device)]
+
+
+def joint_rows(batch, group):
+    """Rows (R,) of a Batch of whole texts that predict the response tokens, on its device."""
     rows = []
-    for b, (prompt, response) in enumerate(group):
-        first = int(batch.start[b]) + len(prompt) - 1
+    for start, (prompt, response) in zip(batch.start.tolist(), group):
+        first = start + len(prompt) - 1
         rows += range(first, first + len(response))
-    return state.x[torch.tensor(rows, device=state.x.device)]
+    return torch.tensor(rows, device=batch.every.device)
 
 
 def check_states(model, group, x):

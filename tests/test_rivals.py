@@ -25,13 +25,15 @@ from analysis.rivals.lazyllm import LazyModel, lazyllm
 from analysis.rivals.peers import load_peers, load_pruned
 from analysis.rivals.removal import PartModel, blockpruner, part_config, shortgpt, without
 from analysis.rivals.slicegpt import SlicedModel, half_blocks, principal_bases, slice_to
+from analysis.rivals.swiftkv import Swift, SwiftModel, swiftkv, train
 from analysis.rivals.width import NarrowModel, importance, narrow, narrow_config, width
 from lib import reference
 from lib.artefacts import Schedule
 from lib.checkpoint import check_fingerprint
 from lib.files import FTPError
 from lib.flops import Meter
-from lib.scoring import begin_pair, make_pair, predicting, run_pair
+from lib.forecast import Tuning
+from lib.scoring import after_prompt, begin_pair, make_pair, predicting, run_pair
 from lib.stage import run
 from model_ftp import FTPModel
 
@@ -447,7 +449,7 @@ def rivals(workshop, tmp_path_factory):
     """All artefacts at 0.3 of the workshop's model."""
     out = tmp_path_factory.mktemp("rivals")
     got = call("analysis/rivals/make.py", "--model", workshop[0], "--data", workshop[1] / "alpaca.json", "--nsamples", 6, "--max_response", 16,
-               "--flops_saved", 0.3, "--out_dir", out)
+               "--flops_saved", 0.3, "--swift_steps", 3, "--out_dir", out)
     assert got.count("of the prompts' block FLOPs saved") == len(make.METHODS)
     return out
 
@@ -467,13 +469,15 @@ def test_artefacts_and_loadability(rivals, workshop):
                     AutoModelForCausalLM.from_pretrained(path)
             else:
                 torch.testing.assert_close(AutoModelForCausalLM.from_pretrained(path)(ids).logits, model(ids), atol=1e-4, rtol=1e-4)
+        elif method == "swiftkv":
+            o = Swift.load(f"{path}.safetensors").meta
         else:
             o = Schedule.load(f"{path}.json").meta
         assert o["method"] == method and abs(o["flops_saved"] - 0.3) < 0.09 and o["settings"]["nsamples"] == 6 and o["seconds"] >= 0
 
 
 def test_peers_are_rows(rivals, workshop, tmp_path, mistake):
-    peers = [w for m in make.METHODS for w in ("--peer", f"{m}={rivals / m}_0.30" + {"lazyllm": ".json+progressive"}.get(
+    peers = [w for m in make.METHODS for w in ("--peer", f"{m}={rivals / m}_0.30" + {"lazyllm": ".json+progressive", "swiftkv": ".safetensors"}.get(
         m, "" if (rivals / f"{m}_0.30").is_dir() else ".json"))]
     words = ["--model", workshop[0], "--out_dir", tmp_path, "--data", workshop[1] / "alpaca.json"]
     args = ["analysis/rivals/evaluate.py", *words, "--text", workshop[1] / "book.txt", "--context", 24, "--scored", 8, "--nwindows", 6, "--rows", "",
@@ -485,13 +489,14 @@ def test_peers_are_rows(rivals, workshop, tmp_path, mistake):
         if name == "dense":
             continue
         assert r["kl"] > 0.001 and 0.2 < r["flops_saved_prefill"] < 0.4
-        everywhere = name not in ("lazyllm", "shortgpt_prompt", "blockpruner_prompt")
+        everywhere = name not in ("lazyllm", "shortgpt_prompt", "blockpruner_prompt", "swiftkv")
         assert r["flops_saved_total"] == pytest.approx(r["flops_saved_prefill"], abs=0.06) if everywhere else (
             r["flops_saved_total"] < r["flops_saved_prefill"] - 0.01)
-    got = call(*args, *peers[:-2], "--resume")  # rivals may come and go between runs
+    got = call(*args, *peers[:-4], "--resume")  # rivals may come and go between runs
     assert "laco:" not in got and "dense:" not in got and "slicegpt" in got and "width" not in got
     assert "--peer" in mistake(evaluate, *words, "--rows", "", "--peer", "x=nowhere.json")
     assert "two of one name" in mistake(evaluate, *words, "--rows", "", *peers[:2], *peers[:2])
+    assert "brings its routing" in mistake(evaluate, *words, "--rows", "", "--peer", f"s={rivals}/swiftkv_0.30.safetensors+random")
     assert "row's name already" in mistake(evaluate, *words, "--rows", "", "--peer", f"dense={rivals}/lazyllm_0.30.json")
     assert "--lengths" in mistake(benchmark, "--model", workshop[0], "--out_dir", tmp_path, "--lengths", "1", *peers)
     call("analysis/rivals/benchmark.py", "--model", workshop[0], "--out_dir", tmp_path, "--lengths", 48, "--rounds", 1, "--n_decode", 3, "--no_hf",
@@ -516,6 +521,10 @@ def test_a_peer_of_another_model_is_refused(rivals, workshop, folder, tmp_path, 
     s = Schedule.load(rivals / "shortgpt_0.30.json")
     replace(s, fingerprint=FTPModel.from_pretrained(folder("gqa")[0]).fingerprint).save(tmp_path / "s.json")
     assert "another model" in mistake(evaluate, *words, "--peer", f"s={tmp_path}/s.json")
+    swift = Swift.load(rivals / "swiftkv_0.30.safetensors")
+    swift.fingerprint = FTPModel.from_pretrained(folder("gqa")[0]).fingerprint
+    swift.save(tmp_path / "swift.safetensors")
+    assert "another model" in mistake(evaluate, *words, "--peer", f"s={tmp_path}/swift.safetensors")
 
 
 @pytest.mark.parametrize("flags", [("--flops_saved", "0.9"), ("--flops_saved", "much"), ("--methods", "best"), ("--nsamples", "0"),
@@ -535,3 +544,59 @@ def test_hidden_state_router_is_a_peer(workshop, tmp_path):
          "--out_dir", tmp_path, "--peer", f"mod={tmp_path}/s.json+{tmp_path}/router.safetensors", "--peer", f"att={tmp_path}/s.json+attention")
     rows = {r["name"]: r for r in json.loads((tmp_path / "eval.json").read_text())["rows"]}
     assert rows["mod"]["sparsity_prefill"] == pytest.approx(0.3, abs=0.03) and rows["mod"]["kl"] != rows["att"]["kl"]
+
+
+# ------------------------------------------------------------------------------------------------
+# SwiftKV
+
+
+def moved_swift(model, first, seed=0):
+    """A Swift whose every tensor is off from the model's own."""
+    swift, rng = Swift.of(model, first), torch.Generator().manual_seed(seed)
+    for t in swift.tensors.values():
+        t += 0.1 * torch.randn(t.shape, generator=rng)
+    return swift
+
+
+@pytest.mark.parametrize("shape", ["mha", "gqa", "qwen2"])
+def test_swiftkv_runs_late_blocks_for_last_tokens_alone(folder, shape):
+    model = FTPModel.from_pretrained(folder(shape)[0])
+    swift = moved_swift(model, 3)
+    routed, whole = SwiftModel.of(model, swift), SwiftModel.of(model, swift).use()
+    texts, n = [tokens(30, 1), tokens(22, 2)], [17, 9]
+    for text, k, got in zip(texts, n, after_prompt(routed, texts, n)):
+        # late keys depend on no late state: all tokens in all blocks give the same
+        torch.testing.assert_close(got, text_logits(whole, text)[k - 1:], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(got, after_prompt(routed, [text], [k])[0], atol=1e-4, rtol=1e-4)
+        assert not torch.allclose(got, text_logits(model, text)[k - 1:], atol=1e-2)
+    meter = Meter(routed)
+    routed.prefill(texts, meter=meter)
+    assert meter.kept["prefill"][:3] == [52, 52, 52] and meter.kept["prefill"][3:] == [4] * (model.config.n_layer - 3)
+    assert model.use() is model and not any(model.routing.sparsity)
+
+
+def test_swiftkv_learns_what_it_is_told_to(tiny):
+    samples, how = sample_texts(6), Tuning(30, 3e-3, 3, warmup=3)
+    swift = moved_swift(tiny, 3)
+    before = {name: t.clone() for name, t in swift.tensors.items()}
+    losses = train(tiny, swift, samples, how, trained=("kv",))
+    assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
+    assert torch.equal(swift.tensors["norm"], before["norm"]) and torch.equal(swift.tensors["q"], before["q"])
+    assert not torch.equal(swift.tensors["kv"], before["kv"])
+    assert not any(p.requires_grad and p.grad is not None for p in tiny.parameters())
+    found = {level: made for level, made, _ in swiftkv(tiny, samples, [0.2, 0.45], Tuning(0))}
+    assert found[0.2].first > found[0.45].first
+    for level, made in found.items():
+        assert realised(SwiftModel.of(tiny, made), samples) == pytest.approx(level, abs=0.09)
+
+
+def test_a_damaged_swiftkv_is_refused(tiny, tmp_path):
+    swift = moved_swift(tiny, 4)
+    swift.save(tmp_path / "s")
+    again = Swift.load(tmp_path / "s.safetensors")
+    assert again.id == swift.id and again.first == 4 and again.schedule == swift.schedule
+    for name in ("q", "kv", "norm"):
+        bad = Swift(swift.tensors | {name: swift.tensors[name][..., :-1]}, swift.n_layer, swift.fingerprint)
+        bad.save(tmp_path / "bad")
+        with pytest.raises(FTPError, match="--peer"):
+            Swift.load(tmp_path / "bad.safetensors")

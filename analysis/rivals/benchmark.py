@@ -174,8 +174,8 @@ def rival_variants(args, model, peers):
     variants = {}
     for peer in peers:
         runner, base = peer.runner(model)
-        if peer.folder is not None:
-            variants[peer.name] = Ours(runner, base=base)
+        if peer.schedule is None:
+            variants[peer.name] = Ours(runner, routing=runner.routing, base=base)
         else:
             variants[peer.name] = Ours(runner, peer.schedule, peer.router, **peer.settings(how))
     return variants

@@ -21,9 +21,11 @@ In: a model and calibration text. Out: a schedule or a model folder for each met
                  of which the first stay                                                folder
     width        structured width pruning, LLM-Pruner-like (2305.11627): MLP channels
                  (and K/V heads) by |gradient x weight|                                 folder
+    swiftkv      SwiftKV (2410.03960): late keys and values of one earlier state, by
+                 W_Q, W_K, W_V and a norm that --swift_steps of distillation train      weights
 
-None is trained afterwards. Each takes the size nearest to the target; the share that it realises on
-the calibration prompts is stored. Folders but slicegpt's load in transformers too.
+None but swiftkv is trained. Each takes the size nearest to the target; the share that it realises
+on the calibration prompts is stored. Folders but slicegpt's load in transformers too.
 
 Others need no script: first + recent under a uniform or BI schedule (search_scheduler.py --method
 uniform or bi --flops_saved), random and attention selection (--peer NAME=SCHEDULE+random), and a
@@ -44,14 +46,17 @@ from analysis.rivals.laco import laco
 from analysis.rivals.lazyllm import LazyModel, lazyllm
 from analysis.rivals.removal import PartModel, blockpruner, shortgpt
 from analysis.rivals.slicegpt import slicegpt
+from analysis.rivals.swiftkv import TRAINED, Swift, SwiftModel, swiftkv
 from analysis.rivals.width import width
 from lib.artefacts import Schedule
 from lib.checkpoint import find_model
 from lib.data import load_samples, load_tokenizer
 from lib.files import check
-from lib.stage import Parser, numbers, run, start, whole, words
+from lib.forecast import Tuning
+from lib.stage import Parser, number, numbers, run, start, whole, words
 
-METHODS = ("shortgpt", "blockpruner", "lazyllm", "laco", "laco_last", "slicegpt", "width")
+METHODS = ("shortgpt", "blockpruner", "lazyllm", "laco", "laco_last", "slicegpt", "width",
+           "swiftkv")
 FOLDERS = ("laco", "laco_last", "slicegpt", "width")    # methods that change weights
 
 
@@ -67,6 +72,16 @@ def get_args():
     add("--kv_heads", default=0, type=whole("[0, inf)"),
         help="K/V heads (with their queries) that width takes from a block beside the channels")
     add("--resume", action="store_true", help="go on with an interrupted blockpruner")
+
+    add = p.add_argument_group("training of swiftkv").add_argument
+    add("--swift_steps", default=400, type=whole("[0, inf)"), help="steps of distillation")
+    add("--swift_lr", default=3e-4, type=number("(0, inf)"), help="largest learning rate")
+    add("--swift_batch", default=4, type=whole("[1, inf)"), help="samples a step")
+    add("--swift_trained", default=",".join(TRAINED), type=words,
+        help=f"comma list of what is trained, of {', '.join(TRAINED)}")
+    add("--swift_temperature", default=2.0, type=number("(0, inf)"), help="temperature of the KL")
+    add("--swift_mse", default=1.0, type=number("[0, inf)"),
+        help="weight of the squared error of the states before the last block")
 
     add = p.add_argument_group("calibration data").add_argument
     add("--data", default="self",
@@ -107,11 +122,21 @@ def generators(args, source):
         "laco_last": partial(laco, tensors=tensors, last=True),
         "slicegpt": partial(slicegpt, tensors=tensors),
         "width": partial(width, tensors=tensors, folder=source, kv_heads=args.kv_heads),
+        "swiftkv": partial(swiftkv, how=Tuning(args.swift_steps, args.swift_lr, args.swift_batch,
+                                               seed=args.seed),
+                           temperature=args.swift_temperature, mse=args.swift_mse,
+                           trained=args.swift_trained),
     }
 
 
 def save(made, path, meta, model, samples, source):
     """Write a method's artefact to `path` -> where it is, and the share of FLOPs it saves."""
+    if isinstance(made, Swift):
+        saved = realised(SwiftModel.of(model, made), samples)
+        made.meta = meta | {"flops_saved": saved}
+        path = f"{path}.safetensors"
+        made.save(path)
+        return path, saved
     if not isinstance(made, Schedule):
         return path, write_folder(source, path, made, meta, model, samples)
     kind = LazyModel if meta["method"] == "lazyllm" else PartModel
@@ -126,6 +151,8 @@ def main():
     args = get_args()
     check(set(args.methods) <= set(METHODS),
           f"--methods {','.join(args.methods)}: of {', '.join(METHODS)}")
+    check(set(args.swift_trained) <= set(TRAINED),
+          f"--swift_trained {','.join(args.swift_trained)}: of {', '.join(TRAINED)}")
     check(not args.device_map, "--device_map: rivals are made on one device; leave it out")
 
     # the model as it is: its weights are read, and some methods change them

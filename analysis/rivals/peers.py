@@ -1,4 +1,4 @@
-"""Rivals as --peer names them: NAME=PATH[+ROUTER], a schedule or the folder of a pruned model."""
+"""Rivals as --peer names them: NAME=PATH[+ROUTER], a schedule, or a pruned model."""
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +8,7 @@ from analysis.rivals.common import FORMAT
 from analysis.rivals.lazyllm import PROGRESSIVE, LazyModel
 from analysis.rivals.removal import REMOVALS, PartModel
 from analysis.rivals.slicegpt import TYPE, SlicedModel
+from analysis.rivals.swiftkv import Swift, SwiftModel
 from analysis.rivals.width import NarrowModel
 from lib.artefacts import SELECTIONS, Schedule
 from lib.checkpoint import check_fingerprint, read_json
@@ -20,7 +21,7 @@ PEER = "NAME=PATH[+ROUTER]"
 
 @dataclass
 class Peer:
-    """A rival: a pruned model's folder, or a schedule with its router and removal.
+    """A rival: a pruned model's folder, or a Swift, or a schedule with its router and removal.
 
     router: a Router, one of SELECTIONS, or "progressive"; removal: see removal.py.
     """
@@ -29,6 +30,7 @@ class Peer:
     schedule: Schedule | None = None
     router: Any = "static"
     removal: str = "whole"
+    swift: Swift | None = None
 
     @property
     def learned(self):
@@ -39,6 +41,8 @@ class Peer:
         """What tells a rival's artefacts from others, a list."""
         if self.folder is not None:
             return [weights_id(self.folder)]
+        if self.swift is not None:
+            return [self.swift.id]
         router = self.router.id if self.learned else self.router
         return [self.schedule.id, router, self.removal]
 
@@ -54,13 +58,15 @@ class Peer:
         """
         if self.folder is not None:
             return load_pruned(self.folder, model), model.config
+        if self.swift is not None:
+            return SwiftModel.of(model, self.swift), None
         kind = LazyModel if self.router == PROGRESSIVE else PartModel
         return kind.of(model), None
 
     def ready(self, model, how):
         """The rival as a model, routed; how: keywords of FTPModel.use()."""
         runner, _ = self.runner(model)
-        if self.folder is not None:
+        if self.schedule is None:           # a model that needs no routing, or brings its own
             return runner
         return runner.use(self.schedule, self.router, **self.settings(how))
 
@@ -83,6 +89,10 @@ def load_peers(specs):
               f"--peer {spec}: give NAME=PATH, of a schedule or a model folder that exists")
         if Path(path).is_dir():
             peers.append(Peer(name, folder=Path(path)))
+            continue
+        if Path(path).suffix == ".safetensors":
+            check(not router, f"--peer {spec}: a swiftkv brings its routing; leave out +{router}")
+            peers.append(Peer(name, swift=Swift.load(path)))
             continue
         schedule, router = Schedule.load(path), load_router(router)
         for removal in REMOVALS if schedule.removes else ("whole",):
