@@ -250,8 +250,9 @@ def load_samples(data, model, tokenizer, split="train", nsamples=None, max_promp
     """[(prompt ids, response ids)] of one of the disjoint SPLITS, shuffled by `seed`.
 
     data: "self", "bare" (as "self" without a system prompt), "text", "cloze" (words of "text"
-    that stood there before, to be found again), an Alpaca-form .json/.jsonl file, a .txt, or a
-    `datasets` id; or several with commas between, each of its share of nsamples. Prompts of more
+    that stood there before, to be found again; "cloze:FILE" those of a file), an Alpaca-form
+    .json/.jsonl file, a .txt, or a `datasets` id; or several with commas between, each of its
+    share of nsamples. Prompts of more
     than max_prompt tokens are left out, never cut; responses are cut at max_response. Plain text
     (items with "text" alone) gives windows of max_prompt + max_response tokens.
     """
@@ -272,7 +273,8 @@ def load_samples(data, model, tokenizer, split="train", nsamples=None, max_promp
 def samples_of(source, model, tokenizer, split, max_prompt, max_response, min_response):
     """The samples of one source, in its order."""
     out, too_long = [], 0
-    rows = list(rows_of(source, model, tokenizer))
+    is_cloze, texts = source.split(":")[0] == "cloze", source.removeprefix("cloze:")
+    rows = list(rows_of(texts, model, tokenizer))
     check(len(rows) >= 4, f"--data: {source} has {len(rows)} items; give at least 4, as they are "
                           "parted into some to train on, to watch and to hold out")
     mine = splits_of(len(rows))
@@ -282,8 +284,8 @@ def samples_of(source, model, tokenizer, split, max_prompt, max_response, min_re
         what = f"item {i + 1}"
         wrong = misfit(row, FORM, what)
         check(not wrong, f"--data: in {source} {wrong}; mend or remove it")
-        if source == "cloze":
-            out += cloze(row["text"], tokenizer, max_prompt)
+        if is_cloze:
+            out += cloze(row.get("text") or "", tokenizer, max_prompt)
             continue
         if row.get("instruction") is None and row.get("text") is not None:
             out += text_windows(row["text"], tokenizer, max_prompt, max_response)

@@ -353,7 +353,7 @@ def student_kl(model, taught, first):
 
 
 def tune(model, learner, samples, watched, schedule, router="static", after=None):
-    """Train a Learner's Forecaster by distillation, KL(dense || routed) on the response tokens.
+    """Train a Learner's Forecaster by distillation, KL(dense || routed) of the responses.
 
     It runs the path that inference runs, with gradients, from the Learner's step on. Samples are
     [(prompt ids, response ids)]; a step costs the blocks from the first skip on, on the tokens that
@@ -367,8 +367,10 @@ def tune(model, learner, samples, watched, schedule, router="static", after=None
     draws = [rng.sample(range(len(data)), size) for _ in range(how.steps)]
 
     def kl(taught):
+        """Mean KL of each sample, (samples,): one word to be found counts as much as a text."""
         model.use(schedule, router, kv="keep", forecaster=learner.forecaster)
-        return student_kl(model, taught, first)
+        tokens = student_kl(model, taught, first).split([len(t.sample[1]) for t in taught])
+        return torch.stack([each.mean() for each in tokens])
 
     def validate():
         with torch.no_grad():
