@@ -4,7 +4,7 @@ import json
 import os
 import sys
 from dataclasses import asdict
-from itertools import accumulate, pairwise
+from itertools import accumulate, islice, pairwise
 from pathlib import Path
 
 import torch
@@ -311,22 +311,32 @@ def shape_hash(config):
 
 def weight_samples(model):
     """{parameter name: eight values of it}; a packed weight brings its own under `.sample`."""
-    samples = {}
+    few, samples = {}, {}
     for module_name, module in model.named_modules():
         for name, parameter in module.named_parameters(prefix=module_name, recurse=False):
-            samples[name] = parameter
+            few[name] = spread(parameter)
         packed = getattr(module, "sample", None)
         if packed is not None:
             samples[f"{module_name}.weight"] = packed
-    return {name: values if isinstance(values, list) else sample_of(values)
-            for name, values in samples.items()}
+    # of one device all at once: a GPU would be waited for at each weight, and use() asks often
+    for device in {values.device for values in few.values()}:
+        here = {name: values for name, values in few.items() if values.device == device}
+        together = iter(torch.cat(list(here.values())).tolist())
+        for name, values in here.items():
+            samples.setdefault(name, list(islice(together, len(values))))
+    return samples
 
 
 def sample_of(tensor):
     """Eight values spread evenly over a tensor, rounded to bfloat16: a list of floats."""
+    return spread(tensor).tolist()
+
+
+def spread(tensor):
+    """The same as a tensor, where the weight lies."""
     flat = tensor.detach().flatten()
     step = max(1, (len(flat) - 1) // 7)     # seldom a multiple of the rows' length: many columns
-    return flat[::step][:8].bfloat16().tolist()
+    return flat[::step][:8].bfloat16()
 
 
 warned: set = set()  # artefacts whose weights could not be compared, each told once
