@@ -94,12 +94,17 @@ def steps(args):
     rivals = f"{out}/rivals"
     add("rivals", "analysis/rivals/make.py", "--flops_saved", ",".join(map(str, LEVELS)),
         "--data", "text", "--out_dir", rivals, *dtype)
+    # what is trained needs more than the samples that tell which blocks matter
+    add("rivals", "analysis/rivals/make.py", "--methods", "swiftkv", "--flops_saved", 0.30,
+        "--data", "text,cloze", "--nsamples", 500, "--max_prompt", 256, "--out_dir", rivals, *dtype)
     for s in LEVELS:
         peers = [word for name in ("shortgpt", "blockpruner") for word in
                  ("--peer", f"{name}={rivals}/{name}_{s:.2f}.json")]
         peers += [word for name in ("slicegpt", "width", "laco") for word in
                   ("--peer", f"{name}={rivals}/{name}_{s:.2f}")]
         peers += ["--peer", f"lazyllm={rivals}/lazyllm_{s:.2f}.json+progressive"]
+        if s == 0.30:
+            peers += ["--peer", f"swiftkv={rivals}/swiftkv_{s:.2f}.safetensors"]
         add("rivals", "analysis/rivals/evaluate.py", "--rows", "", *peers, "--data", "text",
             "--resume", "--out_dir", f"{rivals}/{s:.2f}", *quality)
     add("ablations", "analysis/ablations.py", "--sparsity", 0.30, "--seeds", "0,1,2",

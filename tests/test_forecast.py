@@ -115,3 +115,17 @@ def test_late_keys_and_values(tiny, tmp_path):
         v = (F.rms_norm(state.x, (32,)) @ f.a[1] + f.c[1])[:, 16:].view(40, 2, 8)
         assert torch.allclose(cache.v[4][0, :, 1:20].transpose(0, 1), v[1:20], atol=1e-5)
     tiny.use()
+
+
+def test_a_word_counts_as_much_as_a_text(tiny):
+    late = Schedule([0.0, 0.0, 0.0, 0.5, 0.9, 0.9], tiny.fingerprint)
+    f = fit(tiny, samples_of(20), samples_of(10, 20), None, late)
+    watched = [(tokens(40, 1), tokens(20, 2)), (tokens(40, 3), tokens(2, 4))]
+    learner = Learner(f, Tuning(1, 1e-9, eval_every=1))
+    tune(tiny, learner, watched, watched, late)
+    dense, owner = scoring.response_states(tiny.use(), watched)
+    routed, _ = scoring.response_states(tiny.use(late, kv="keep", forecaster=f), watched)
+    kl = scoring.response_kl(tiny.use(), dense, routed)
+    each = scoring.by_sample(kl, owner)
+    assert learner.history[0][1] == pytest.approx(float(each.mean()), rel=1e-4)
+    assert abs(float(each.mean()) - float(kl.mean())) > 1e-3 * float(kl.mean())     # which the mean over tokens is not

@@ -448,7 +448,7 @@ def mistake(monkeypatch, capsys):
 def rivals(workshop, tmp_path_factory):
     """All artefacts at 0.3 of the workshop's model."""
     out = tmp_path_factory.mktemp("rivals")
-    got = call("analysis/rivals/make.py", "--model", workshop[0], "--data", workshop[1] / "alpaca.json", "--nsamples", 6, "--max_response", 16,
+    got = call("analysis/rivals/make.py", "--methods", ",".join(make.METHODS), "--model", workshop[0], "--data", workshop[1] / "alpaca.json", "--nsamples", 6, "--max_response", 16,
                "--flops_saved", 0.3, "--swift_steps", 3, "--out_dir", out)
     assert got.count("of the prompts' block FLOPs saved") == len(make.METHODS)
     return out

@@ -144,11 +144,13 @@ def test_depth_finds_what_attention_tells_and_nothing_in_noise(tiny):
     assert share(torch.randn(len(target), generator=torch.Generator().manual_seed(0)), 2) < 0.1
 
 
-def test_a_cloze_asks_for_a_word_that_was_there():
-    class Words:
-        """A tokenizer of one id a word."""
-        def __call__(self, text, add_special_tokens):
-            return {"input_ids": text.split()}
+class Words:
+    """A tokenizer of one id a word."""
+    def __call__(self, text, add_special_tokens):
+        return {"input_ids": text.split()}
+
+
+def test_a_cloze_asks_for_a_word_that_was_there(tiny, tmp_path):
     names = ["Anna", "river", "ferry", "Lenn", "morning", "wheat"]
     text = " ".join(f"The {names[i % 6]} saw the {names[i * i % 5]} again." for i in range(80))
     made = data.cloze(text, Words(), 140)
@@ -156,3 +158,11 @@ def test_a_cloze_asks_for_a_word_that_was_there():
     for prompt, word in made:
         assert 40 <= len(prompt) <= 140 and prompt[0] == "The"       # from a sentence's beginning
         assert any(word[0].lower() == w.strip(".").lower() for w in prompt)
+    # and so out of a file's texts, parted as ever
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": f"{text} {i}."}) + "\n" for i in range(12)))
+    parts = [data.load_samples(f"cloze:{tmp_path}/texts.jsonl", tiny, Words(), split, max_prompt=140) for split in data.SPLITS]
+    assert sum(map(len, parts)) == 4 * 12 and all(40 <= len(prompt) <= 140 for part in parts for prompt, _ in part)
+    windows = data.load_samples(f"{tmp_path}/texts.jsonl", tiny, Words(), "train", max_prompt=140)
+    assert len(windows[0][1]) > len(parts[0][0][1])
+    with pytest.raises(FTPError, match="--data"):
+        data.load_samples(f"cloze:{tmp_path}/missing.txt", tiny, Words(), "train")
