@@ -314,7 +314,7 @@ def weight_samples(model):
     few, samples = {}, {}
     for module_name, module in model.named_modules():
         for name, parameter in module.named_parameters(prefix=module_name, recurse=False):
-            few[name] = spread(parameter)
+            few[name] = picked(parameter)
         packed = getattr(module, "sample", None)
         if packed is not None:
             samples[f"{module_name}.weight"] = packed
@@ -329,10 +329,10 @@ def weight_samples(model):
 
 def sample_of(tensor):
     """Eight values spread evenly over a tensor, rounded to bfloat16: a list of floats."""
-    return spread(tensor).tolist()
+    return picked(tensor).tolist()
 
 
-def spread(tensor):
+def picked(tensor):
     """The same as a tensor, where the weight lies."""
     flat = tensor.detach().flatten()
     step = max(1, (len(flat) - 1) // 7)     # seldom a multiple of the rows' length: many columns
