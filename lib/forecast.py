@@ -327,14 +327,16 @@ def teach(model, samples, first):
     """[Taught]: what comes before block `first` is the same at every step, and run once."""
     model.use()
     out = []
-    for sample in progress(samples, desc="teacher", unit="sample"):
-        pair = make_pair(model, [sample])
+    groups = [group for _, group in batches(samples)]
+    for group in progress(groups, desc="teacher", unit="batch"):
+        pair = make_pair(model, group)
         before = begin_pair(model, pair)
         for l in range(first):
             before = step_pair(model, l, pair, before)
-        after = run_pair(model, pair, first=first, states=before)
-        prompt, response = (state.x for state in before)
-        out.append(Taught(sample, prompt, response, predicting(pair, after)))
+        after = predicting(pair, run_pair(model, pair, first=first, states=before))
+        prompts, responses = ([len(sample[i]) for sample in group] for i in (0, 1))
+        out += map(Taught, group, before[0].x.split(prompts), before[1].x.split(responses),
+                   after.split(responses))
     return out
 
 
@@ -374,7 +376,8 @@ def tune(model, learner, samples, watched, schedule, router="static", after=None
 
     def validate():
         with torch.no_grad():
-            better = learner.note(float(torch.cat([kl([one]) for one in judges]).mean()))
+            each = [kl(judges[i:i + len(group)]) for i, group in batches(watched)]
+            better = learner.note(float(torch.cat(each).mean()))
         if after is not None:
             after(better)
 
