@@ -8,7 +8,7 @@ and of decoded ones too, are projections of the state before block `first` under
 and W_Q, W_K and W_V of these blocks are trained: by the KL to the dense model at a temperature of
 2, and by the squared error of the states before the last block. All else stays frozen.
 
-Not as published: trained for minutes on what --data gives, not on 160 million tokens.
+Not as published: it is trained for minutes, on what --data gives.
 """
 from dataclasses import replace
 from random import Random
