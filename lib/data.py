@@ -252,9 +252,9 @@ def load_samples(data, model, tokenizer, split="train", nsamples=None, max_promp
     data: "self", "bare" (as "self" without a system prompt), "text", "cloze" (words of "text"
     that stood there before, to be found again; "cloze:FILE" those of a file), an Alpaca-form
     .json/.jsonl file, a .txt, or a `datasets` id; or several with commas between, each of its
-    share of nsamples. Prompts of more
-    than max_prompt tokens are left out, never cut; responses are cut at max_response. Plain text
-    (items with "text" alone) gives windows of max_prompt + max_response tokens.
+    share of nsamples. Prompts of more than max_prompt tokens are left out, never cut; responses
+    are cut at max_response. Plain text (items with "text" alone) gives windows of max_prompt +
+    max_response tokens.
     """
     out = []
     sources = [source.strip() for source in data.split(",")]
@@ -273,7 +273,8 @@ def load_samples(data, model, tokenizer, split="train", nsamples=None, max_promp
 def samples_of(source, model, tokenizer, split, max_prompt, max_response, min_response):
     """The samples of one source, in its order."""
     out, too_long = [], 0
-    is_cloze, texts = source.split(":")[0] == "cloze", source.removeprefix("cloze:")
+    texts = source.removeprefix("cloze:")
+    is_cloze = source == "cloze" or texts != source
     rows = list(rows_of(texts, model, tokenizer))
     check(len(rows) >= 4, f"--data: {source} has {len(rows)} items; give at least 4, as they are "
                           "parted into some to train on, to watch and to hold out")

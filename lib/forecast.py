@@ -23,6 +23,7 @@ from lib.packing import linear_outputs, plain_weight
 from lib.scoring import (
     batches,
     begin_pair,
+    by_sample,
     kl_divergence,
     make_pair,
     predicting,
@@ -341,7 +342,8 @@ def teach(model, samples, first):
 
 
 def student_kl(model, taught, first):
-    """KL(dense || routed) of response tokens (R,), nats; the blocks from `first` on run."""
+    """KL(dense || routed) of each sample, (samples,), nats: the mean over its response tokens, so
+    that one word to be found counts as much as a text. The blocks from `first` on run."""
     # batches of a step are packed anew from what teach() found sample by sample
     pair = make_pair(model, [t.sample for t in taught])
     known = torch.cat([t.prompt for t in taught]), torch.cat([t.response for t in taught])
@@ -351,7 +353,7 @@ def student_kl(model, taught, first):
     # states are stored, not logits: 576 numbers a token instead of 49152
     with torch.no_grad():
         wanted = model.logits(torch.cat([t.teacher for t in taught]))
-    return kl_divergence(wanted, model.logits(student))
+    return by_sample(kl_divergence(wanted, model.logits(student)), pair.owner)
 
 
 def tune(model, learner, samples, watched, schedule, router="static", after=None):
@@ -369,10 +371,8 @@ def tune(model, learner, samples, watched, schedule, router="static", after=None
     draws = [rng.sample(range(len(data)), size) for _ in range(how.steps)]
 
     def kl(taught):
-        """Mean KL of each sample, (samples,): one word to be found counts as much as a text."""
         model.use(schedule, router, kv="keep", forecaster=learner.forecaster)
-        tokens = student_kl(model, taught, first).split([len(t.sample[1]) for t in taught])
-        return torch.stack([each.mean() for each in tokens])
+        return student_kl(model, taught, first)
 
     def validate():
         with torch.no_grad():

@@ -107,12 +107,12 @@ def make_routing(model, schedule=None, router="static", *, prefill="topk", decod
     learned = isinstance(router, torch.nn.Module)
     check(prefill != "argmax" or learned,
           "--prefill argmax: only a trained router decides by argmax; give --router, or topk")
-    now = model.fingerprint                             # once: it reads a sample of every weight
-    check_schedule(schedule, model, now)
-    forecaster = fit_to(forecaster, model, now, schedule, kv)
+    model_print = model.fingerprint                     # once: it reads a sample of every weight
+    check_schedule(schedule, model, model_print)
+    forecaster = fit_to(forecaster, model, model_print, schedule, kv)
     thresholds = None
     if learned:
-        check_router(router, model, now, forecaster)
+        check_router(router, model, model_print, forecaster)
         if not mismatch:
             check_settings(router, kv, one_pass, forecaster)
         router = router.to(model.device)
@@ -167,17 +167,17 @@ def check_kinds(schedule, router, forecaster, score, group):
           f"--score {score}: give a number of queries, or mean")
 
 
-def check_schedule(schedule, model, now):
+def check_schedule(schedule, model, model_print):
     n = model.config.n_layer
-    check_fingerprint(schedule.fingerprint, now, "--schedule: it")
+    check_fingerprint(schedule.fingerprint, model_print, "--schedule: it")
     check(len(schedule.sparsity) == n,
           f"--schedule: it has {len(schedule.sparsity)} blocks, the model {n}")
     check(not schedule.parts or all(part == "both" for part in schedule.parts),
           "--schedule: it removes sub-blocks, a rival's way; run it by analysis/rivals/")
 
 
-def check_router(router, model, now, forecaster):
-    check_fingerprint(router.fingerprint, now, "--router: it")
+def check_router(router, model, model_print, forecaster):
+    check_fingerprint(router.fingerprint, model_print, "--router: it")
     c = model.config
     check((router.n_layer, router.hidden_size) == (c.n_layer, c.hidden_size),
           f"--router: it is for {router.n_layer} blocks of width {router.hidden_size}, the model "
@@ -209,12 +209,12 @@ def thresholds_of(schedule, router):
     return None if found is None else tuple(found)
 
 
-def fit_to(forecaster, model, now, schedule, kv):
+def fit_to(forecaster, model, model_print, schedule, kv):
     """The Forecaster on the model's device and in its dtype; FTPError where it does not fit."""
     if forecaster is None:
         return None
     f, c = forecaster, model.config
-    check_fingerprint(f.fingerprint, now, "--forecaster: it")
+    check_fingerprint(f.fingerprint, model_print, "--forecaster: it")
     width = c.kv_bytes(1, 1) + (0 if is_kv_only(f) else c.hidden_size)
     fits = (f.n_layer, f.d, f.c.shape[1]) == (c.n_layer, c.hidden_size, width)
     check(fits and len(f.a) <= f.n_layer,

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from lib import files
 from lib.checkpoint import load_weights, read_config, weight_files
-from lib.files import save_json
+from lib.files import check, save_json
 from lib.flops import Meter, prefill_flops
 from lib.scoring import batches, response_states
 
@@ -93,6 +93,15 @@ def load_as(model_class, config_class, path, dtype, device, fit=None):
     load_weights(model, folder, dtype, device_of, fit)
     model.name = str(path)
     return model.eval()
+
+
+def as_one_of(cls, model):
+    """A loaded FTPModel as one of the subclass `cls`: the same weights, routed as it is."""
+    devices = {block.norm1.weight.device for block in model.blocks}
+    check(len(devices) == 1, "--device_map: rivals run on one device; leave it out")
+    made = cls.__new__(cls)
+    made.__dict__.update(vars(model))
+    return made
 
 
 def pruned_config(source, changes):

@@ -1,6 +1,6 @@
 """Rival methods, from the same calibration samples at the same share of prompt FLOPs saved.
 
-    python analysis/rivals/make.py --flops_saved 0.22,0.30,0.40       # all -> out/baselines/
+    python analysis/rivals/make.py --flops_saved 0.22,0.30,0.40   # but swiftkv -> out/baselines/
     python analysis/rivals/make.py --methods blockpruner --nsamples 64 --resume
     python analysis/rivals/make.py --methods swiftkv --nsamples 500 --max_prompt 256
     python analysis/rivals/evaluate.py --rows "" --peer shortgpt=out/baselines/shortgpt_0.30.json
@@ -42,22 +42,21 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 import torch
 
-from analysis.rivals.common import read_tensors, realised, write_folder
+from analysis.rivals.common import Pruned, read_tensors, realised, write_folder
 from analysis.rivals.laco import laco
 from analysis.rivals.lazyllm import LazyModel, lazyllm
 from analysis.rivals.removal import PartModel, blockpruner, shortgpt
 from analysis.rivals.slicegpt import slicegpt
 from analysis.rivals.swiftkv import TRAINED, Swift, SwiftModel, swiftkv
 from analysis.rivals.width import width
-from lib.artefacts import Schedule
 from lib.checkpoint import find_model
 from lib.data import load_samples, load_tokenizer
 from lib.files import check
 from lib.forecast import Tuning
 from lib.stage import Parser, number, numbers, run, start, whole, words
 
-METHODS = ("shortgpt", "blockpruner", "lazyllm", "laco", "laco_last", "slicegpt", "width",
-           "swiftkv")
+UNTRAINED = ("shortgpt", "blockpruner", "lazyllm", "laco", "laco_last", "slicegpt", "width")
+METHODS = (*UNTRAINED, "swiftkv")
 FOLDERS = ("laco", "laco_last", "slicegpt", "width")    # methods that change weights
 
 
@@ -65,7 +64,7 @@ def get_args():
     p = Parser(__doc__)
 
     add = p.add_argument_group("what is made").add_argument
-    add("--methods", default=",".join(METHODS[:-1]), type=words,
+    add("--methods", default=",".join(UNTRAINED), type=words,
         help="comma list of the methods above; swiftkv is asked for alone, with more samples")
     # up to a share at which every method can follow
     add("--flops_saved", default="0.30", type=numbers("(0, 0.45]"),
@@ -110,7 +109,8 @@ def generators(args, source):
     """{method: function (model, samples, levels) that yields level, artefact, notes}."""
     # what a resumed blockpruner must have in common with the interrupted one
     free = ("resume", "threads", "out_dir", "methods", "flops_saved")
-    settings = {flag: value for flag, value in vars(args).items() if flag not in free}
+    settings = {flag: value for flag, value in vars(args).items()
+                if flag not in free and not flag.startswith("swift_")}
     state = Path(args.out_dir) / "blockpruner_state.json"
     changes_weights = set(args.methods) & set(FOLDERS)
     tensors = read_tensors(source) if changes_weights else None
@@ -132,18 +132,15 @@ def generators(args, source):
 
 def save(made, path, meta, model, samples, source):
     """Write a method's artefact to `path` -> where it is, and the share of FLOPs it saves."""
-    if isinstance(made, Swift):
-        saved = realised(SwiftModel.of(model, made), samples)
-        made.meta = meta | {"flops_saved": saved}
-        path = f"{path}.safetensors"
-        made.save(path)
-        return path, saved
-    if not isinstance(made, Schedule):
+    if isinstance(made, Pruned):
         return path, write_folder(source, path, made, meta, model, samples)
-    kind = LazyModel if meta["method"] == "lazyllm" else PartModel
-    saved = realised(kind.of(model).use(made), samples)
+    if isinstance(made, Swift):
+        runner, path = SwiftModel.of(model, made), f"{path}.safetensors"
+    else:
+        kind = LazyModel if meta["method"] == "lazyllm" else PartModel
+        runner, path = kind.of(model).use(made), f"{path}.json"
+    saved = realised(runner, samples)
     made.meta = meta | {"flops_saved": saved}
-    path = f"{path}.json"
     made.save(path)
     return path, saved
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from analysis.rivals.common import nearest, prompt_flops, text_batches
+from analysis.rivals.common import as_one_of, nearest, prompt_flops, text_batches
 from lib.artefacts import PARTS, Schedule
 from lib.config import Config
 from lib.evaluation import nll
@@ -128,11 +128,7 @@ class PartModel(FTPModel):
     @classmethod
     def of(cls, model):
         """A loaded FTPModel as one of this class, dense: the same weights, a routing of its own."""
-        devices = {block.norm1.weight.device for block in model.blocks}
-        check(len(devices) == 1, "--device_map: rivals run on one device; leave it out")
-        made = cls.__new__(cls)
-        made.__dict__.update(vars(model))
-        return made.use()
+        return as_one_of(cls, model).use()
 
     def use(self, schedule=None, router="static", *, removal="whole", **how):
         """As FTPModel.use, for a schedule that may have parts; removal: see above."""

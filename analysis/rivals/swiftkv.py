@@ -16,7 +16,7 @@ from random import Random
 import torch
 import torch.nn.functional as F
 
-from analysis.rivals.common import nearest, prompt_flops
+from analysis.rivals.common import as_one_of, nearest, prompt_flops
 from lib.artefacts import Schedule
 from lib.checkpoint import FINGERPRINT, check_fingerprint
 from lib.files import check_tensors, load_tensors, save_tensors, tensors_id
@@ -119,8 +119,7 @@ class SwiftModel(FTPModel):
     def of(cls, model, swift):
         """A loaded FTPModel as one of this class: the same weights, and those of `swift`."""
         check_fingerprint(swift.fingerprint, model.fingerprint, "--peer: it")
-        made = cls.__new__(cls)
-        made.__dict__.update(vars(model))
+        made = as_one_of(cls, model)
         made.swift = swift.to(model.device, model.dtype)
         return made.use(swift.schedule, kv="keep")
 
@@ -175,44 +174,33 @@ class SwiftModel(FTPModel):
 # the training
 
 
-def text_states(model, group, first=0, x=None):
-    """States (N, d) of samples that run as whole texts, before the last block and behind it.
-
-    first, x: go on before block `first` from these states.
-    """
-    batch = model.batch([[*prompt, *response] for prompt, response in group])
-    state = model.begin(batch)
-    if x is not None:
-        state = replace(state, x=x)
-    for l in range(first, model.config.n_layer):
-        before = state.x
+def run_blocks(model, batch, state, blocks):
+    """The State behind the blocks of a range, of whole texts that run as prompts."""
+    for l in blocks:
         state = model.prefill_step(l, batch, state)
-    return before, state.x
-
-
-@torch.no_grad()
-def states_at(model, group, first):
-    """States (N, d) of samples before block `first`, as whole texts."""
-    batch = model.batch([[*prompt, *response] for prompt, response in group])
-    state = model.begin(batch)
-    for l in range(first):
-        state = model.prefill_step(l, batch, state)
-    return state.x
+    return state
 
 
 def distance(model, student, group, temperature, mse):
     """The loss of a step: KL(dense || student) of the response tokens, nats, and `mse` times the
     squared error of all states before the last block, as a share of theirs."""
-    first = student.swift.first
-    x = states_at(model, group, first)
+    batch = model.batch([[*prompt, *response] for prompt, response in group])
+    last = model.config.n_layer - 1
+    late, final = range(student.swift.first, last), range(last, last + 1)
+
+    # what comes before the late blocks is the same for both
     with torch.no_grad():
-        wanted_before, wanted = text_states(model, group, first, x)
-    before, found = text_states(student, group, first, x)
-    rows = joint_rows(model.batch([[*p, *r] for p, r in group]), group)
-    teacher, learned = (model.logits(states[rows]) / temperature for states in (wanted, found))
-    kl = kl_divergence(teacher, learned).mean() * temperature ** 2
-    size = wanted_before.float().square().mean(1)
-    missed = (before.float() - wanted_before.float()).square().mean(1)
+        start = run_blocks(model, batch, model.begin(batch), range(student.swift.first))
+        wanted = run_blocks(model, batch, start, late)
+        teacher = run_blocks(model, batch, wanted, final)
+    found = run_blocks(student, batch, start, late)
+    learned = run_blocks(student, batch, found, final)
+
+    rows = joint_rows(batch, group)
+    logits = [model.logits(state.x[rows]) / temperature for state in (teacher, learned)]
+    kl = kl_divergence(*logits).mean() * temperature ** 2
+    size = wanted.x.float().square().mean(1)
+    missed = (found.x.float() - wanted.x.float()).square().mean(1)
     return kl + mse * (missed / size).mean()
 
 
