@@ -19,7 +19,7 @@ from lib.artefacts import Schedule
 from lib.files import check, load_json, save_json
 from lib.shipped import ARTIFACTS
 from lib.skipped import Forecaster
-from lib.stage import Parser, commit, run
+from lib.stage import Parser, run
 from model_ftp import Router
 
 ITEMS = 12    # samples whose own KL is told
@@ -41,7 +41,7 @@ def get_args():
 
 
 def main():
-    args, of_commit = get_args(), commit()      # before any file changes
+    args = get_args()
     evaluated = load_json(args.eval, "ftp-eval-1", "--eval")
     rows = {row["name"]: row for row in evaluated["rows"]}
     check(args.row in rows, f"--row {args.row}: not in {args.eval}; choose from {', '.join(rows)}")
@@ -63,7 +63,8 @@ def main():
     # what was measured, and on what
     config = evaluated["config"]
     save_json(folder / "shipped.json", {
-        "format": "ftp-shipped-1", "use": use, "command": args.command, "commit": of_commit,
+        "format": "ftp-shipped-1", "use": use, "command": args.command,
+        "commit": config["commit"],            # the one that measured it
         "measured": {"kl": row["kl"], "kl_stderr": row["kl_stderr"], "ppl": row["ppl"],
                      # of the first held-out samples, for who checks the claim
                      "kl_items": row["kl_items"][:ITEMS],
