@@ -36,10 +36,10 @@ class Pruned(NamedTuple):
 # sizes
 
 
-def prompt_flops(config, samples, sparsity=None):
+def prompt_flops(config, samples, sparsity=None, kv="drop"):
     """FLOPs of the blocks over the samples' prompts; sparsity: a list over blocks, None: dense."""
     sparsity = sparsity or [0.0] * config.n_layer
-    return sum(prefill_flops(config, len(prompt), sparsity, head=0) for prompt, _ in samples)
+    return sum(prefill_flops(config, len(prompt), sparsity, kv, head=0) for prompt, _ in samples)
 
 
 def nearest(level, sizes, cost, dense):

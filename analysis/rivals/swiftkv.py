@@ -20,7 +20,6 @@ from analysis.rivals.common import as_one_of, nearest, prompt_flops
 from lib.artefacts import Schedule
 from lib.checkpoint import FINGERPRINT, check_fingerprint
 from lib.files import check_tensors, load_tensors, save_tensors, tensors_id
-from lib.flops import prefill_flops
 from lib.forecast import Learner, descend
 from lib.last_block import is_lean
 from lib.packing import plain_weight
@@ -35,6 +34,11 @@ TRAINED = {"norm": ("norm",), "q": ("q", "q_bias"), "kv": ("kv", "kv_bias")}
 
 # ------------------------------------------------------------------------------------------------
 # what is trained, and the model that runs it
+
+
+def late_sparsity(n_layer, first):
+    """The sparsity of each block, a list: from block `first` on a prompt's ends alone compute."""
+    return [0.0] * first + [SKIP] * (n_layer - first)
 
 
 class Swift:
@@ -69,8 +73,7 @@ class Swift:
     @property
     def schedule(self):
         """The Schedule by which prompts run."""
-        sparsity = [0.0] * self.first + [SKIP] * len(self.tensors["q"])
-        return Schedule(sparsity, self.fingerprint, first=1)
+        return Schedule(late_sparsity(self.n_layer, self.first), self.fingerprint, first=1)
 
     def to(self, device, dtype):
         tensors = {name: t.to(device, dtype) for name, t in self.tensors.items()}
@@ -231,9 +234,7 @@ def swiftkv(model, samples, levels, how, **settings):
     dense = prompt_flops(config, samples)
 
     def cost(first):
-        sparsity = [0.0] * first + [SKIP] * (config.n_layer - first)
-        return sum(prefill_flops(config, len(prompt), sparsity, "keep", head=0)
-                   for prompt, _ in samples)
+        return prompt_flops(config, samples, late_sparsity(config.n_layer, first), "keep")
 
     for level in levels:
         swift = Swift.of(model, nearest(level, range(1, config.n_layer), cost, dense))
