@@ -5,8 +5,9 @@
     python analysis/ship.py late-0.30 --schedule out/kv/schedule.json --kv keep \\
         --forecaster out/kv/forecaster.safetensors --eval out/kv/eval.json --row static
 
-In: artefacts, and the eval.json that measured them. Out: artifacts/MODEL/NAME/, MODEL as
-the eval.json says, with its shipped.json. Maps of late keys and values are stored in bfloat16.
+In: artefacts, and the eval.json that measured these very ones, routed as the flags say. Out:
+artifacts/MODEL/NAME/, MODEL as the eval.json says, with its shipped.json. Maps of late keys and
+values are stored in bfloat16.
 """
 import sys
 from pathlib import Path
@@ -23,6 +24,7 @@ from lib.stage import Parser, run
 from model_ftp import Router
 
 ITEMS = 12    # samples whose own KL is told
+OTHERS = ("dense", "cut", "uniform", "random", "attention", "ftp_decode", "rule")   # of evaluate.py
 
 
 def get_args():
@@ -40,28 +42,52 @@ def get_args():
     return p.parse_args()
 
 
+def check_measured(args, row, settings, artefacts):
+    """FTPError unless the row of --eval is of these artefacts, routed as they will be.
+
+    settings: of the evaluation; artefacts: {flag: what was loaded}.
+    """
+    check(args.row not in OTHERS, f"--row {args.row}: what is shipped runs as rows static and ftp "
+                                  "do; give one of these, or a --peer's")
+    of_row = f"row {args.row} of {args.eval}"
+    measured = {name for name in row["artefacts"] if name not in (None, "static", "whole")}
+    for flag, artefact in artefacts.items():
+        check(artefact.id in measured, f"--{flag} {getattr(args, flag)}: {of_row} was measured "
+                                       "with another; give that one, or evaluate this")
+    check(len(measured) == len(artefacts), f"--row {args.row}: it was measured with more than "
+                                           "these; give its --router and --forecaster")
+    wanted = {"kv": args.kv, "one_pass": args.one_pass, "prefill": "topk", "protocol": "causal"}
+    for name, value in wanted.items():
+        check(settings[name] == value, f"--{name}: {value} here, {settings[name]} in {of_row}; "
+                                       "route as that did, or evaluate anew")
+
+
 def main():
     args = get_args()
     evaluated = load_json(args.eval, "ftp-eval-1", "--eval")
-    rows = {row["name"]: row for row in evaluated["rows"]}
+    config, rows = evaluated["config"], {row["name"]: row for row in evaluated["rows"]}
     check(args.row in rows, f"--row {args.row}: not in {args.eval}; choose from {', '.join(rows)}")
-    row, model = rows[args.row], Path(evaluated["config"]["model"]).name
-    folder = ARTIFACTS / model / args.name
+    row, folder = rows[args.row], ARTIFACTS / Path(config["model"]).name / args.name
+
+    artefacts = {"schedule": Schedule.load(args.schedule)}
+    if args.router != "static":
+        artefacts["router"] = Router.load(args.router)
+    if args.forecaster:
+        artefacts["forecaster"] = Forecaster.load(args.forecaster)
+    check_measured(args, row, config["settings"], artefacts)
 
     # the artefacts, by the names that shipped.json tells
-    Schedule.load(args.schedule).save(folder / "schedule.json")
-    use = {"schedule": "schedule.json", "router": "static", "kv": args.kv,
-           "one_pass": args.one_pass}
+    use = {"router": "static", "kv": args.kv, "one_pass": args.one_pass}
+    artefacts["schedule"].save(folder / "schedule.json")
+    use["schedule"] = "schedule.json"
     if args.router != "static":
-        Router.load(args.router).save(folder / "router.safetensors")
+        artefacts["router"].save(folder / "router.safetensors")
         use["router"] = "router.safetensors"
     if args.forecaster:
-        forecaster = Forecaster.load(args.forecaster)
-        forecaster.save(folder / "forecaster.safetensors", torch.bfloat16)
+        artefacts["forecaster"].save(folder / "forecaster.safetensors", torch.bfloat16)
         use["forecaster"] = "forecaster.safetensors"
 
     # what was measured, and on what
-    config = evaluated["config"]
     save_json(folder / "shipped.json", {
         "format": "ftp-shipped-1", "use": use, "command": args.command,
         "commit": config["commit"],            # the one that measured it

@@ -557,6 +557,26 @@ def test_what_is_shipped_goes_by_the_model(tmp_path, monkeypatch):
         shipped("late-0.30")
 
 
+def test_what_was_measured_is_shipped_and_nothing_else(made, workshop, tmp_path, monkeypatch, capsys):
+    a, b = common(workshop, tmp_path)
+    a += ["--text", "", "--schedule", made / "schedule.json"]
+    given = ["--schedule", made / "schedule.json", "--router", made / "router.safetensors", "--eval", tmp_path / "eval.json", "--row"]
+    assert inside("evaluate.py", *a, *b, "--rows", "uniform,static,ftp", "--router", made / "router.safetensors", capsys=capsys)[0] == 0
+    monkeypatch.setattr("lib.shipped.ARTIFACTS", tmp_path)
+    ship = lambda *words: inside("analysis/ship.py", "ftp-0.30", *words, capsys=capsys)
+    for words, wrong in ((["ftp_decode"], "--row ftp_decode: not in"), (["static"], "--router"), (["ftp", "--router", "static"], "--row ftp: it was measured with more"),
+                         (["ftp", "--schedule", made / "schedule_ft.json"], "--schedule"), (["ftp", "--one_pass"], "--one_pass: True here, False in row ftp"),
+                         (["ftp", "--kv", "keep"], "--kv: keep here, drop in row ftp"), (["uniform"], "--row uniform")):
+        code, _, said = ship(*given, *words)
+        assert code == 2 and wrong in said and len(said.splitlines()) == 1 and not (tmp_path / workshop[0].name).exists()
+    assert ship(*given, "ftp")[0] == 0
+    row = {r["name"]: r for r in json.loads((tmp_path / "eval.json").read_text())["rows"]}["ftp"]
+    assert card("ftp-0.30", workshop[0])["measured"]["kl"] == row["kl"]
+    model = FTPModel.from_pretrained(workshop[0])
+    with pruned(model, "ftp-0.30"):
+        assert model.routing.router.id == Router.load(made / "router.safetensors").id and model.routing.schedule.id == Schedule.load(made / "schedule.json").id
+
+
 def test_without_a_system_prompt(workshop):
     """A template's own is cut off, wherever a chat is rendered; one that is given stays."""
     tokenizer = load_tokenizer(workshop[0])
