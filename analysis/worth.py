@@ -2,6 +2,7 @@
 
     python analysis/worth.py --schedule out/schedule.json --router out/router.safetensors
     python analysis/worth.py --schedule out/schedule.json --data text --size 16
+    python analysis/worth.py --schedule out/schedule.json --from_blocks 4,8,16,24
 
 In: a schedule, and a router if any. Out: worth.png, prompts whose spans are shaded by their worth
 over the router's decisions; worth.json, and a table of the KL of these keeping orders on held-out
@@ -10,6 +11,9 @@ samples:
     static   the first token, then newest to oldest
     oracle   spans by their measured worth: it has seen the answer, and bounds what a router reaches
     router   the one given
+
+Worth is that of a span that skips from block 1 on. --from_blocks tells, and draws in
+worth_blocks.png, what is left of it where the span computes the blocks before.
 """
 import sys
 from pathlib import Path
@@ -22,13 +26,13 @@ import torch
 from analysis.style import plt, save
 from lib.artefacts import Schedule
 from lib.data import load_samples, load_tokenizer
-from lib.files import save_json
+from lib.files import check, save_json
 from lib.flops import Meter
 from lib.numbers import standard_error
 from lib.scoring import by_sample, response_kl, response_states
 from lib.skips import prefill_with_map
-from lib.stage import Parser, run, start, whole
-from lib.worth import Oracle, spans_of
+from lib.stage import Parser, progress, run, start, whole, wholes
+from lib.worth import LEAST, Oracle, span_worth, spans_of
 from model_ftp import Router
 
 SHOWN = 6      # prompts in the figure
@@ -41,6 +45,8 @@ def get_args():
     add("--router", default=None, help="router of stage 2, beside static and oracle")
     add("--one_pass", action="store_true", help="decide all blocks by the first one's scores")
     add("--size", type=whole("[1, inf)"), default=8, help="tokens of a span")
+    add("--from_blocks", type=wholes("[2, inf)"), default=[],
+        help="blocks, commas between: what spans are worth that skip from each of them on")
     add("--data", default="bare",
         help='"self" (own answers), "bare" (without a system prompt), "text", "cloze", '
              ".json/.jsonl, .txt or datasets ids, commas between")
@@ -114,29 +120,84 @@ def draw(path, model, samples, oracle, schedule, how):
     return save(figure, path)
 
 
+def worth_from(model, samples, oracle, blocks):
+    """{block: [worth of the spans of each sample]}, spans that skip from that block on; 1: what
+    the oracle knows. Samples that have no span are left out."""
+    samples = [s for s in samples if oracle.labels[tuple(s[0])]]
+    found = {1: [oracle.labels[tuple(prompt)] for prompt, _ in samples]}
+    for block in progress(blocks, desc="worth by block", unit="block"):
+        found[block] = [span_worth(model, *sample, oracle.size, block).tolist()
+                        for sample in samples]
+    return found
+
+
+def print_blocks(found):
+    """What a sample's spans are worth in sum, by the block from which they skip; the share of it
+    that the dearest third has; how alike spans rank to those that skip from block 1 on."""
+    first = np.concatenate(found[1])
+    for block, of_samples in found.items():
+        spans = np.concatenate(of_samples)
+        dearest = np.sort(spans)[::-1][:-(-len(spans) // 3)]
+        alike = np.corrcoef(ranks(first), ranks(spans))[0, 1]
+        print(f"skipped from block {block:2d} on: {spans.sum() / len(of_samples):.3f} nats a "
+              f"sample, {100 * dearest.sum() / spans.sum():.0f} % of them in a third of the spans, "
+              f"rank correlation with block 1 {alike:.2f}")
+
+
+def ranks(values):
+    return values.argsort().argsort()
+
+
+def draw_blocks(path, found, size):
+    """A map a prompt: spans across, the block from which they skip upwards, ink the log worth."""
+    shown = min(SHOWN, len(found[1]))
+    figure, axes = plt.subplots(shown, 1, figsize=(9, 1.1 * shown + 0.6), squeeze=False,
+                                layout="constrained")
+    for i, ax in enumerate(axes[:, 0]):
+        ink = np.log10(np.maximum([of_samples[i] for of_samples in found.values()], LEAST))
+        image = ax.imshow(ink, aspect="auto", origin="lower", cmap="Greens", vmin=-4, vmax=0)
+        ax.set_yticks(range(len(found)), [str(block) for block in found])
+        ax.set_ylabel("from block")
+        ax.grid(False)
+    figure.colorbar(image, ax=axes, label="worth, nats (power of ten)")
+    axes[0][0].set_title("What is a span worth that skips from a later block on?")
+    axes[-1][0].set_xlabel(f"span of {size} tokens")
+    return save(figure, path)
+
+
 def main():
     args = get_args()
     schedule = Schedule.load(args.schedule)
     given = Router.load(args.router) if args.router else None
     model, config = start(args)
     model.use(schedule, given or "static", one_pass=args.one_pass)     # refused before any work
+    last = model.config.n_layer - 1
+    check(max(args.from_blocks, default=0) <= last,
+          f"--from_blocks {args.from_blocks}: the last block is {last}; give none beyond it")
 
     # worth is measured on the very samples that the table is about: the oracle has seen them
     samples = load_samples(args.data, model, load_tokenizer(args.model), "heldout", args.nsamples,
                            args.max_prompt, args.max_response, seed=args.seed)
     oracle = Oracle.of_samples(model, samples, args.size, Path(args.out_dir) / "worth.jsonl")
+    check(not args.from_blocks or any(oracle.labels.values()),
+          f"--max_prompt {args.max_prompt}: no prompt has a span between its ends; raise it")
     routers = {"static": ("static", {}), "oracle": (oracle, {})}
     if given is not None:
         routers["router"] = (given, {"one_pass": args.one_pass})
 
     rows = measure(model, samples, schedule, routers)
     print_gains(rows)
-    path = draw(f"{args.out_dir}/worth.png", model, samples, oracle, schedule,
-                list(routers.values())[-1])
+    paths = [draw(f"{args.out_dir}/worth.png", model, samples, oracle, schedule,
+                  list(routers.values())[-1])]
+    found = worth_from(model, samples, oracle, args.from_blocks)
+    if args.from_blocks:
+        print_blocks(found)
+        paths.append(draw_blocks(f"{args.out_dir}/worth_blocks.png", found, args.size))
     save_json(f"{args.out_dir}/worth.json", {
         "format": "ftp-worth-1", "config": config, "rows": rows,
-        "worth": [oracle.labels[tuple(prompt)] for prompt, _ in samples]})
-    print(f"-> {path}, {args.out_dir}/worth.json")
+        "worth": [oracle.labels[tuple(prompt)] for prompt, _ in samples],
+        "worth_from_block": found})
+    print(f"-> {', '.join(map(str, paths))}, {args.out_dir}/worth.json")
 
 
 if __name__ == "__main__":

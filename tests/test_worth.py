@@ -117,8 +117,12 @@ def test_a_router_is_taught_worth(workshop, tmp_path):
     assert Router.load(tmp_path / "router.safetensors").id == router.id
     assert (tmp_path / "worth.jsonl").read_text() == before
     got = call("analysis/worth.py", *a, *b, "--schedule", tmp_path / "schedule.json", "--router", tmp_path / "router.safetensors", "--size", 4,
-               "--nsamples", 3)
-    rows = {r["name"]: r for r in json.loads((tmp_path / "worth.json").read_text())["rows"]}
+               "--nsamples", 3, "--from_blocks", "3,5")
+    told = json.loads((tmp_path / "worth.json").read_text())
+    rows, by_block = {r["name"]: r for r in told["rows"]}, told["worth_from_block"]
+    assert by_block["1"] == told["worth"] and [len(spans) for spans in by_block["5"]] == [len(spans) for spans in told["worth"]]
+    assert "skipped from block  3 on" in got.stdout and (tmp_path / "worth_blocks.png").stat().st_size > 1000
+    assert call("analysis/worth.py", *a, *b, "--schedule", tmp_path / "schedule.json", "--from_blocks", 6, ok=False).returncode == 2
     assert list(rows) == ["static", "oracle", "router"] and "static minus oracle" in got.stdout and (tmp_path / "worth.png").stat().st_size > 1000
     assert rows["oracle"]["flops_saved"] == pytest.approx(rows["static"]["flops_saved"], abs=0.1)  # scores are counted, too
     # what the attention of ever more blocks tells of the worth
