@@ -158,6 +158,7 @@ def draw_blocks(path, found, size):
         image = ax.imshow(ink, aspect="auto", origin="lower", cmap="Greens", vmin=-4, vmax=0)
         ax.set_yticks(range(len(found)), [str(block) for block in found])
         ax.set_ylabel("from block")
+        ax.locator_params(axis="x", integer=True)
         ax.grid(False)
     figure.colorbar(image, ax=axes, label="worth, nats (power of ten)")
     axes[0][0].set_title("What is a span worth that skips from a later block on?")
