@@ -287,7 +287,9 @@ def test_sweep_to_the_end(script, workshop, artefacts, tmp_path, monkeypatch, ca
     given += ["--schedule", artefacts / "schedule.json"] if "schedule" in has else []
     given += ["--router", artefacts / "router.safetensors"] if "router" in has and script != "fit_late_kv.py" else []
     rng, ended = random.Random(script), 0
-    for _i in range(40 if TORTURE else 6):
+    for i in range(40):
+        if ended and i >= 6 and not TORTURE:  # where many flags name files, the first six may all be refused
+            break
         words = [*given, *SMALL[script]]
         for flag in rng.sample(flags, rng.choice((1, 2))):
             if isinstance(flag, (argparse._StoreTrueAction, argparse._StoreFalseAction)):
