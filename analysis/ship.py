@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
+from evaluate import ROWS
 from lib.artefacts import Schedule
 from lib.files import check, load_json, save_json
 from lib.shipped import ARTIFACTS
@@ -24,7 +25,9 @@ from lib.stage import Parser, run
 from model_ftp import Router
 
 ITEMS = 12    # samples whose own KL is told
-OTHERS = ("dense", "cut", "uniform", "random", "attention", "ftp_decode", "rule")   # of evaluate.py
+ALIKE = ("static", "ftp")    # rows of evaluate.py that run as what is shipped does
+NAMES = {"schedule": "schedule.json", "router": "router.safetensors",
+         "forecaster": "forecaster.safetensors"}
 
 
 def get_args():
@@ -47,8 +50,9 @@ def check_measured(args, row, settings, artefacts):
 
     settings: of the evaluation; artefacts: {flag: what was loaded}.
     """
-    check(args.row not in OTHERS, f"--row {args.row}: what is shipped runs as rows static and ftp "
-                                  "do; give one of these, or a --peer's")
+    check(args.row in ALIKE or args.row not in ROWS,
+          f"--row {args.row}: what is shipped runs as rows {' and '.join(ALIKE)} do; give one of "
+          "these, or a --peer's")
     of_row = f"row {args.row} of {args.eval}"
     measured = {name for name in row["artefacts"] if name not in (None, "static", "whole")}
     for flag, artefact in artefacts.items():
@@ -78,14 +82,10 @@ def main():
 
     # the artefacts, by the names that shipped.json tells
     use = {"router": "static", "kv": args.kv, "one_pass": args.one_pass}
-    artefacts["schedule"].save(folder / "schedule.json")
-    use["schedule"] = "schedule.json"
-    if args.router != "static":
-        artefacts["router"].save(folder / "router.safetensors")
-        use["router"] = "router.safetensors"
-    if args.forecaster:
-        artefacts["forecaster"].save(folder / "forecaster.safetensors", torch.bfloat16)
-        use["forecaster"] = "forecaster.safetensors"
+    for flag, artefact in artefacts.items():
+        use[flag] = NAMES[flag]
+        dtype = [torch.bfloat16] if flag == "forecaster" else []
+        artefact.save(folder / NAMES[flag], *dtype)
 
     # what was measured, and on what
     save_json(folder / "shipped.json", {

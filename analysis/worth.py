@@ -94,12 +94,18 @@ def print_gains(rows):
               f"{standard_error(gain):.4f} (paired, {len(gain)} samples)")
 
 
+def strips(n):
+    """A figure, and n axes one below the other."""
+    figure, axes = plt.subplots(n, 1, figsize=(9, 1.1 * n + 0.6), squeeze=False,
+                                layout="constrained")
+    return figure, axes[:, 0]
+
+
 def draw(path, model, samples, oracle, schedule, how):
     """A strip a prompt: log worth of its spans, and below it the share of blocks computed."""
     shown = samples[:SHOWN]
-    figure, axes = plt.subplots(len(shown), 1, figsize=(9, 1.1 * len(shown) + 0.6),
-                                squeeze=False, layout="constrained")
-    for (prompt, _), ax in zip(shown, axes[:, 0]):
+    figure, axes = strips(len(shown))
+    for (prompt, _), ax in zip(shown, axes):
         worth = np.full(len(prompt), np.nan)
         spans = spans_of(len(prompt), oracle.size)
         for (a, b), w in zip(spans, oracle.labels[tuple(prompt)]):
@@ -114,16 +120,15 @@ def draw(path, model, samples, oracle, schedule, how):
         beside.step(range(len(prompt)), computed.float().mean(0), where="mid", color="#d55e00",
                     lw=1)
         beside.set(ylim=(0, 1.05), ylabel="computed")
-    axes[0][0].set_title("Is what the answer needs computed? (green: worth of each span; "
-                         "orange: share of blocks that compute it)")
-    axes[-1][0].set_xlabel("token of the prompt")
+    axes[0].set_title("Is what the answer needs computed? (green: worth of each span; "
+                      "orange: share of blocks that compute it)")
+    axes[-1].set_xlabel("token of the prompt")
     return save(figure, path)
 
 
 def worth_from(model, samples, oracle, blocks):
     """{block: [worth of the spans of each sample]}, spans that skip from that block on; 1: what
-    the oracle knows. Samples that have no span are left out."""
-    samples = [s for s in samples if oracle.labels[tuple(s[0])]]
+    the oracle knows."""
     found = {1: [oracle.labels[tuple(prompt)] for prompt, _ in samples]}
     for block in progress(blocks, desc="worth by block", unit="block"):
         found[block] = [span_worth(model, *sample, oracle.size, block).tolist()
@@ -150,10 +155,9 @@ def ranks(values):
 
 def draw_blocks(path, found, size):
     """A map a prompt: spans across, the block from which they skip upwards, ink the log worth."""
-    shown = min(SHOWN, len(found[1]))
-    figure, axes = plt.subplots(shown, 1, figsize=(9, 1.1 * shown + 0.6), squeeze=False,
-                                layout="constrained")
-    for i, ax in enumerate(axes[:, 0]):
+    shown = [i for i, spans in enumerate(found[1]) if spans][:SHOWN]
+    figure, axes = strips(len(shown))
+    for i, ax in zip(shown, axes):
         ink = np.log10(np.maximum([of_samples[i] for of_samples in found.values()], LEAST))
         image = ax.imshow(ink, aspect="auto", origin="lower", cmap="Greens", vmin=-4, vmax=0)
         ax.set_yticks(range(len(found)), [str(block) for block in found])
@@ -161,8 +165,8 @@ def draw_blocks(path, found, size):
         ax.locator_params(axis="x", integer=True)
         ax.grid(False)
     figure.colorbar(image, ax=axes, label="worth, nats (power of ten)")
-    axes[0][0].set_title("What is a span worth that skips from a later block on?")
-    axes[-1][0].set_xlabel(f"span of {size} tokens")
+    axes[0].set_title("What is a span worth that skips from a later block on?")
+    axes[-1].set_xlabel(f"span of {size} tokens")
     return save(figure, path)
 
 
@@ -190,8 +194,9 @@ def main():
     print_gains(rows)
     paths = [draw(f"{args.out_dir}/worth.png", model, samples, oracle, schedule,
                   list(routers.values())[-1])]
-    found = worth_from(model, samples, oracle, args.from_blocks)
+    found = {}
     if args.from_blocks:
+        found = worth_from(model, samples, oracle, args.from_blocks)
         print_blocks(found)
         paths.append(draw_blocks(f"{args.out_dir}/worth_blocks.png", found, args.size))
     save_json(f"{args.out_dir}/worth.json", {

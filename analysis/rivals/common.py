@@ -37,7 +37,8 @@ class Pruned(NamedTuple):
 
 
 def prompt_flops(config, samples, sparsity=None, kv="drop"):
-    """FLOPs of the blocks over the samples' prompts; sparsity: a list over blocks, None: dense."""
+    """FLOPs of the blocks over the samples' prompts; sparsity: a list over blocks, None: dense;
+    kv: "drop" or "keep" keys and values of skipped tokens."""
     sparsity = sparsity or [0.0] * config.n_layer
     return sum(prefill_flops(config, len(prompt), sparsity, kv, head=0) for prompt, _ in samples)
 

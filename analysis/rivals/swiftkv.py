@@ -146,13 +146,15 @@ class SwiftModel(FTPModel):
         if meter is not None:
             meter.prefill(self, l, batch, kept)
         # as in our own models, nobody reads the last block's output of the others
-        counts, rows = kept.counts, batch.every if kept.rows is None else kept.rows
+        counts = kept.counts
+        rows = batch.every if kept.rows is None else kept.rows
         if is_lean(batch, l, self.config.n_layer):
             counts, rows = counts.clip(max=1), batch.last
         state, q, k, v = self.late(l, batch, state, rows)
         if cache is not None:
             cache.append(l, batch.rows, batch.lengths, k, v)
-        block, h = self.blocks[l], state.x[rows]
+        block = self.blocks[l]
+        h = state.x[rows]
         if len(rows) == len(batch.every):
             att = block.attend(q, k, v, batch.lengths, len(h))
         else:
